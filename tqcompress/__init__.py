@@ -1,0 +1,39 @@
+"""tqcompress: the KV cache of transformer language models in 1-4 bits a value.
+
+    plan = tqcompress.apply(model, "balanced")   # from now on model.generate() uses a compressed cache
+    tqcompress.save(model, "out")                # AutoModelForCausalLM.from_pretrained("out") brings it back
+    tqcompress.remove(model)
+"""
+
+__version__ = "0.1.0"
+
+from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec
+from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
+from .hookspecs import hookimpl
+from .recipe import Recipe
+from .api import apply, load, remove, save  # isort: skip  (needs __version__)
+from .cache import Backend
+from .hf import TQCompressConfig
+
+__all__ = [
+    "ArtifactError",
+    "Backend",
+    "Codec",
+    "Field",
+    "HeadShape",
+    "Layout",
+    "ModelError",
+    "Options",
+    "PluginError",
+    "Recipe",
+    "RecipeError",
+    "ScalarLevels",
+    "TQCompressConfig",
+    "TQCompressError",
+    "TensorSpec",
+    "apply",
+    "hookimpl",
+    "load",
+    "remove",
+    "save",
+]

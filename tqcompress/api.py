@@ -1,0 +1,216 @@
+"""apply, remove, save, load: the only place that wires the parts to a model.
+
+Two official levers of transformers are used and nothing is patched: a forward pre-hook on the decoder, which
+puts `CompressedLayer`s into the cache it is given, and the registered attention function "tqcompress".
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+
+from . import artifacts, attention, blockwise
+from .cache import Backend, CompressedLayer, GroupCodecs, LayerCodecs
+from .errors import ModelError
+from .plan import Plan, build_codec
+from .recipe import Recipe
+from .registry import plugins
+from .resolve import resolve
+from .shape import ModelShape
+
+MODULE = "tqcompress"  # the submodule of a model that holds its codecs
+
+
+class Compression(nn.Module):
+    """Everything tqcompress holds for a model: recipe, plan, codecs, and how to undo it."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, devices: dict[int, torch.device]):
+        super().__init__()
+        self.recipe, self.plan = recipe, plan
+        self.codecs = nn.ModuleDict()
+        self.layers: dict[int, LayerCodecs] = {}
+        for index, shape in enumerate(plan.model.layers):
+            groups = []
+            for j, group in enumerate(plan.layer_groups(index)):
+                pair = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in ("key", "value")}
+                pair = nn.ModuleDict(pair).to(devices.get(index, "cpu"))
+                self.codecs[f"{index}-{j}"] = pair
+                backend = _backend(group, pair, devices.get(index, torch.device("cpu")))
+                groups.append(GroupCodecs(group.heads, pair["key"], pair["value"], backend))
+            if groups:
+                self.layers[index] = LayerCodecs(
+                    index, tuple(groups), shape.num_kv_heads, shape.head_dim, plan.sinks, plan.window, plan.block(index)
+                )
+        self.cache_position = None  # of `past_key_values` among the decoder's positional arguments
+        self.hook = self.previous_attention = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of the artifact: `layers.{i}.g{j}.{key|value}.{name}`."""
+        return {
+            "layers.{}.g{}.{}.{}".format(*key.split("-"), side, name): tensor
+            for key, pair in self.codecs.items()
+            for side, codec in pair.items()
+            for name, tensor in codec.state().items()
+        }
+
+    def attach(self, model: nn.Module) -> None:
+        """Select the attention and hook the decoder. Raises `ModelError` if the model hard-codes its attention."""
+        attention.register()
+        self.previous_attention = model.config._attn_implementation
+        decoder = model.get_decoder()
+        parameters = list(inspect.signature(decoder.forward).parameters)
+        if not hasattr(decoder, "layers") and not hasattr(decoder, "h") or "past_key_values" not in parameters:
+            raise ModelError(f"{type(decoder).__name__} takes no past_key_values; tqcompress cannot give it a cache")
+        if not model._can_set_attn_implementation():
+            raise ModelError(
+                f"{type(model).__name__} hard-codes its attention instead of asking transformers' AttentionInterface "
+                "for it; tqcompress cannot read a compressed cache there"
+            )
+        model.set_attn_implementation(attention.NAME)
+        self.cache_position = parameters.index("past_key_values")
+        self.hook = decoder.register_forward_pre_hook(self.prepare_cache, with_kwargs=True)
+        model.add_module(MODULE, self)
+
+    def detach(self, model: nn.Module) -> None:
+        """Undo `attach`."""
+        self.hook.remove()
+        model.set_attn_implementation(self.previous_attention)
+        delattr(model, MODULE)
+        model.__dict__.pop("_cache", None)  # older transformers keep the last static cache here
+
+    def prepare_cache(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """Forward pre-hook: put compressed layers into the cache, making one if the decoder would."""
+        positional = len(args) > self.cache_position
+        cache = args[self.cache_position] if positional else kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if not (decoder.config.use_cache if use_cache is None else use_cache):
+                return None
+            if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+                return None  # the decoder will not use a cache
+            cache = DynamicCache(config=decoder.config)
+            if positional:
+                args = (*args[: self.cache_position], cache, *args[self.cache_position + 1 :])
+            else:
+                kwargs = kwargs | {"past_key_values": cache}
+        self.compress_layers(cache)
+        return args, kwargs
+
+    def compress_layers(self, cache: Cache) -> None:
+        """Replace the empty layers of `cache` that the plan compresses. Raises `ModelError` on foreign tokens."""
+        if cache.layer_class_to_replicate is DynamicLayer:  # a DynamicCache() made without a config
+            cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(self.plan.model.layers))]
+            cache.layer_class_to_replicate = None
+        for index, codecs in self.layers.items():
+            layer = cache.layers[index]
+            if isinstance(layer, CompressedLayer) and layer.codecs is codecs:
+                continue
+            if not isinstance(layer, CompressedLayer) and type(layer) not in (DynamicLayer, StaticLayer):
+                continue  # a cache layer of somebody else's, chosen on purpose
+            if int(layer.get_seq_length()) > 0:
+                owner = "another compression" if isinstance(layer, CompressedLayer) else "no compression"
+                raise ModelError(
+                    f"layer {index} of the given cache already holds {int(layer.get_seq_length())} tokens made with "
+                    f"{owner}; start from an empty cache"
+                )
+            cache.layers[index] = CompressedLayer(codecs, getattr(layer, "max_cache_len", None))
+
+
+def _backend(group, pair: nn.ModuleDict, device: torch.device) -> Backend:
+    found = plugins().hook.tqcompress_backend(group=group, codecs=pair, device=device)
+    return found or Backend("torch", blockwise.attend, f"no fused kernel is installed for {device.type}")
+
+
+def apply(model: nn.Module, recipe: "Recipe | str | Path | dict") -> Plan:
+    """Compress the KV cache of a transformers model from now on; returns what every head gets.
+
+    `recipe` is a `Recipe`, a YAML file, the name of a shipped recipe, or plain data. A model that is
+    compressed already gets the new recipe instead. Raises `RecipeError` or `ModelError`; the model is then
+    unchanged.
+    """
+    compression = plan_compression(model, recipe)
+    _attach(model, compression)
+    return compression.plan
+
+
+def plan_compression(model: nn.Module, recipe: "Recipe | str | Path | dict") -> Compression:
+    """Resolve a recipe against a model and build its codecs, without touching the model."""
+    loaded = Recipe.load(recipe)
+    plan = resolve(loaded, ModelShape.of(model), str(recipe) if isinstance(recipe, (str, Path)) else None)
+    for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
+        plan = changed or plan
+    return Compression(loaded, plan, _devices(model))
+
+
+def remove(model: nn.Module) -> None:
+    """Restore the model: attention, hook, codecs and quantization config. Does nothing to a plain model."""
+    compression = compression_of(model)
+    if compression is None:
+        return
+    compression.detach(model)
+    if getattr(model, "quantization_method", None) == MODULE:
+        model.hf_quantizer.remove_quantization_config(model)
+
+
+def compression_of(model: nn.Module) -> Compression | None:
+    """What `apply` attached to the model, or None."""
+    found = getattr(model, MODULE, None)
+    return found if isinstance(found, Compression) else None
+
+
+def save(
+    model: nn.Module, path: "str | Path", weights: bool = False, tokenizer: Any = None, base: str | None = None
+) -> Path:
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` and `tqcompress.load` read.
+
+    Without `weights` it only points at the base model, `base` or the name the model was loaded from.
+    Raises `ModelError` if the model is not compressed.
+    """
+    compression = compression_of(model)
+    if compression is None:
+        raise ModelError("the model is not compressed; call tqcompress.apply(model, recipe) before save")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    artifacts.write(path, compression.recipe, compression.plan, compression.state())
+    from .hf import write_config
+
+    write_config(model, path, weights, base or compression.plan.model.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def load(model: nn.Module, path: "str | Path") -> Plan:
+    """Compress `model` with the artifact in `path` (a directory or the file itself); returns its plan.
+
+    Raises `ArtifactError` if the artifact is damaged, too new, or made for another model; the model is then
+    unchanged.
+    """
+    artifact = artifacts.read(Path(path))
+    plan = artifact.plan_for(ModelShape.of(model))
+    compression = Compression(artifact.recipe, plan, _devices(model))
+    artifact.restore(compression.state())
+    _attach(model, compression)
+    return plan
+
+
+def _attach(model: nn.Module, compression: Compression) -> None:
+    previous = compression_of(model)
+    if previous is not None:
+        previous.detach(model)
+    compression.attach(model)
+    plugins().hook.tqcompress_applied(model=model, plan=compression.plan)
+
+
+def _devices(model: nn.Module) -> dict[int, torch.device]:
+    """The device of each layer, from the first parameter of the module that calls the cache."""
+    devices = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        parameter = next(module.parameters(), None)
+        if isinstance(index, int) and parameter is not None and parameter.device.type != "meta":
+            devices.setdefault(index, parameter.device)
+    return devices

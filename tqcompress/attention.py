@@ -1,0 +1,83 @@
+"""The attention function registered with transformers as "tqcompress", and its mask.
+
+Ordinary tensors (a prefill of an empty cache, layers that stay exact, no cache at all) go to torch's
+scaled-dot-product attention; a `KVView` goes to each group's backend.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .blockwise import attend_exact
+from .cache import KVView
+from .errors import ModelError
+
+NAME = "tqcompress"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: "Tensor | KVView",
+    value: "Tensor | KVView",
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attend with `query` `[batch, heads, queries, head_dim]`; returns `[batch, queries, heads, head_dim]`.
+
+    `softcap` bounds the scores (Gemma 2), `s_aux` `[heads]` are learned sink logits (GPT-OSS). Raises
+    `ModelError` for what the compressed cache does not support: position biases, dropout.
+    """
+    compressed = isinstance(key, KVView)
+    if not compressed and softcap is None and s_aux is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        # A static cache's mask is as wide as the cache, an empty cache's keys only as long as the prompt.
+        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
+        return sdpa_attention_forward(
+            module, query, key, value, mask,
+            dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
+        )  # fmt: skip
+    if position_bias is not None:
+        raise ModelError(f"{type(module).__name__}: position biases do not work with a compressed cache")
+    if dropout:
+        raise ModelError(f"{type(module).__name__}: attention dropout is on; call model.eval() first")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if compressed:
+        output, lse = _Opaque.apply(query, key, attention_mask, scaling, softcap)
+    else:
+        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
+        output, lse = attend_exact(query, key, value, mask, scaling, softcap)
+    if s_aux is not None:  # one more score without a value: it only takes weight away
+        output = output * torch.sigmoid(lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+class _Opaque(torch.autograd.Function):
+    """Attention without a gradient: a backward pass must fail, not stop silently at the cache."""
+
+    @staticmethod
+    def forward(ctx, query, view, mask, scaling, softcap):
+        with torch.no_grad():
+            return view.attend(query, mask, scaling, softcap)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise ModelError(
+            "no gradient flows through a compressed KV cache; pass use_cache=False to train, "
+            "or run generation under torch.no_grad()"
+        )
+
+
+def register() -> None:
+    """Make "tqcompress" known to transformers: the attention function, and boolean masks for it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Without its own entry the mask would silently be None, wrong for padded batches.
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,277 @@
+"""`CompressedLayer`: one layer's KV cache, packed but for the sinks and the recent window.
+
+Tokens live in this order: sinks (exact) | packed | recent (exact). New tokens enter `recent`; what has
+left the window moves to the sinks until those are full, and is encoded, once, from then on.
+"""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .codec import Codec
+from .errors import ModelError
+from .store import TokenStore
+
+# Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
+# (assisted decoding crops them) never reaches into what is already encoded.
+DRAFT_ROOM = 64
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend to a group's packed tokens: `attend` as in `blockwise.attend`, and why it was chosen."""
+
+    name: str
+    attend: object
+    reason: str
+
+
+@dataclass(frozen=True)
+class GroupCodecs:
+    """The heads of a group, its two codecs and its backend."""
+
+    heads: tuple[int, ...]
+    key: Codec
+    value: Codec
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class LayerCodecs:
+    """All that a `CompressedLayer` must know; shared by every cache of a model, never copied."""
+
+    layer: int
+    groups: tuple[GroupCodecs, ...]
+    num_kv_heads: int
+    head_dim: int
+    sinks: int
+    window: int
+    block: int
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """One group as attention reads it: packed rows, then the exact tokens around them."""
+
+    codecs: GroupCodecs
+    key: TokenStore
+    value: TokenStore
+    packed: int  # tokens; the stores may grow after the view was made
+    sinks: tuple[Tensor, Tensor]  # exact keys and values [batch, heads, tokens, head_dim]
+    recent: tuple[Tensor, Tensor]
+
+
+class KVView:
+    """What `update` returns in place of key and value tensors: handles for tqcompress's attention."""
+
+    def __init__(self, groups: tuple[GroupView, ...], num_kv_heads: int):
+        self.groups, self.num_kv_heads = groups, num_kv_heads
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each group's backend on its share of the query heads; arguments and result as in `blockwise.attend`."""
+        if len(self.groups) == 1:
+            return self.groups[0].codecs.backend.attend(query, self.groups[0], mask, scaling, softcap)
+        share = query.shape[1] // self.num_kv_heads
+        output = query.new_empty(query.shape, dtype=torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        for group in self.groups:
+            heads = [head * share + i for head in group.codecs.heads for i in range(share)]
+            part = mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
+            attend = group.codecs.backend.attend
+            output[:, heads], lse[:, heads] = attend(query[:, heads], group, part, scaling, softcap)
+        return output, lse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # AttributeError, so that hasattr() probes keep working.
+        raise AttributeError(
+            f"a compressed KV cache was read as a tensor (.{name}) by another attention implementation; "
+            'use model.set_attn_implementation("tqcompress") or tqcompress.remove(model)'
+        )
+
+
+class CompressedLayer(DynamicLayer):
+    """A growing cache layer; with `max_tokens` its packed storage is allocated once.
+
+    An update of the empty cache returns the dense keys and values (a prefill is exact), later ones a
+    `KVView`. Positions are counted as in `DynamicLayer`: crop, reorder and the rest work as there.
+    """
+
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None):
+        super().__init__()
+        self.codecs, self.max_tokens = codecs, max_tokens
+        self.stores: list[tuple[TokenStore, TokenStore]] = []
+        self.sinks: tuple[Tensor, Tensor] | None = None
+        self.recent: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take batch size, device and dtype from the first tokens. Raises `ModelError` on a wrong shape."""
+        want = (self.codecs.num_kv_heads, self.codecs.head_dim)
+        for name, states in (("keys", key_states), ("values", value_states)):
+            if (states.shape[1], states.shape[3]) != want:
+                raise ModelError(
+                    f"layer {self.codecs.layer}: {name} have shape {list(states.shape)}; the plan was made for "
+                    f"[batch, {want[0]} KV heads, tokens, head_dim {want[1]}]"
+                )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        empty = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
+        self.sinks = self.recent = (empty, empty)
+        capacity = max(0, (self.max_tokens or 0) - self.codecs.sinks)
+        self.stores = []
+        for group in self.codecs.groups:
+            self.stores.append(tuple(
+                TokenStore(codec.to(self.device).layout(), key_states.shape[0], len(group.heads), self.device, capacity)
+                for codec in (group.key, group.value)
+            ))
+        self.is_initialized = True
+
+    @torch.compiler.disable  # Python-side lengths; generate() runs this layer eagerly
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Add tokens `[batch, kv_heads, tokens, head_dim]`; return what attention reads, twice."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        empty, count = self.get_seq_length() == 0, key_states.shape[2]
+        self._release(keep=self.codecs.window)
+        new = (key_states.detach(), value_states.detach())
+        self.recent = tuple(torch.cat(pair, dim=2) for pair in zip(self.recent, new, strict=True))
+        returned = (key_states, value_states) if empty else (self._view(),) * 2
+        self._release(keep=self.codecs.window + min(count, DRAFT_ROOM))
+        return returned
+
+    def _view(self) -> KVView:
+        groups = []
+        for group, (key, value) in zip(self.codecs.groups, self.stores, strict=True):
+            exact = ((_heads(k, group), _heads(v, group)) for k, v in (self.sinks, self.recent))
+            groups.append(GroupView(group, key, value, key.length, *exact))
+        return KVView(tuple(groups), self.codecs.num_kv_heads)
+
+    def _release(self, keep: int) -> None:
+        """Move all but the last `keep` recent tokens into the sinks and, in whole blocks, the stores."""
+        excess = self.recent[0].shape[2] - keep
+        if excess <= 0:
+            return
+        to_sinks = min(excess, self.codecs.sinks - self.sinks[0].shape[2])
+        to_packed = (excess - to_sinks) // self.codecs.block * self.codecs.block
+        if to_sinks:
+            self.sinks = tuple(
+                torch.cat([sink, recent[:, :, :to_sinks]], dim=2)
+                for sink, recent in zip(self.sinks, self.recent, strict=True)
+            )
+        if to_packed:
+            self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
+        # Cloned, or a slice of a few tokens would keep a whole prefill alive.
+        self.recent = tuple(states[:, :, to_sinks + to_packed :].clone() for states in self.recent)
+
+    @torch.no_grad()
+    def _encode(self, keys: Tensor, values: Tensor) -> None:
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
+                packed = codec.encode(_heads(states, group))
+                if states.device.type == "cpu":  # elsewhere this check would wait for the device
+                    _check_finite(packed, self.codecs.layer, group, codec)
+                store.append(packed, states.shape[2])
+
+    def get_seq_length(self) -> int:
+        """Tokens cached."""
+        if not self.is_initialized:
+            return 0
+        return self.sinks[0].shape[2] + self.stores[0][0].length + self.recent[0].shape[2]
+
+    def get_max_length(self) -> int:
+        """The length that storage was allocated for, or -1."""
+        return self.max_tokens or -1
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens (give a negative number, as for `DynamicLayer`)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: found {tokens_to_remove}; give a negative number of tokens to remove")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        left = max(0, self.get_seq_length() + tokens_to_remove)
+        sinks, packed = self.sinks[0].shape[2], self.stores[0][0].length
+        if left < sinks + packed:
+            self._unpack_tail(max(0, left - sinks))
+        keep = max(0, left - sinks - self.stores[0][0].length)
+        self.sinks = tuple(states[:, :, :left] for states in self.sinks)
+        self.recent = tuple(states[:, :, :keep] for states in self.recent)
+
+    def _unpack_tail(self, length: int) -> None:
+        """Crop the stores to whole blocks within `length`, what is left of a block becomes recent again.
+
+        Only codecs that encode tokens in blocks ever leave a rest; it is encoded anew with its new block.
+        """
+        whole = length // self.codecs.block * self.codecs.block
+        shape = (*self.recent[0].shape[:2], length - whole, self.recent[0].shape[3])
+        rest = tuple(states.new_empty(shape) for states in self.recent)
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, store, states in zip((group.key, group.value), stores, rest, strict=True):
+                if length > whole:
+                    decoded = codec.decode(store.read(whole, whole + self.codecs.block))
+                    states[:, list(group.heads)] = decoded[:, :, : length - whole].to(states.dtype)
+                store.crop(whole)
+        self.recent = rest
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.stores, self.sinks, self.recent, self.is_initialized = [], None, None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch for beam search."""
+        self._map(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        self._map(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these sequences."""
+        self._map(lambda states: states[indices.to(states.device)])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._map(lambda states: states.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Bring everything back to the layer's device."""
+        self._map(lambda states: states.to(self.device, non_blocking=True))
+
+    def _map(self, function) -> None:
+        if not self.is_initialized:
+            return
+        self.sinks, self.recent = (tuple(map(function, pair)) for pair in (self.sinks, self.recent))
+        for store in (store for pair in self.stores for store in pair):
+            store.map(function)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held (codec state and room to grow not counted)."""
+        if not self.is_initialized:
+            return 0
+        exact = sum(states.nbytes for pair in (self.sinks, self.recent) for states in pair)
+        return exact + sum(store.nbytes for pair in self.stores for store in pair)
+
+
+def _heads(states: Tensor, group: GroupCodecs) -> Tensor:
+    """The group's heads of `[batch, kv_heads, tokens, head_dim]`; a view if it has all of them."""
+    return states if states.shape[1] == len(group.heads) else states[:, list(group.heads)]
+
+
+def _check_finite(packed: dict[str, Tensor], layer: int, group: GroupCodecs, codec: Codec) -> None:
+    for name, rows in packed.items():
+        if rows.is_floating_point() and not rows.isfinite().all():
+            raise ModelError(
+                f"layer {layer}, KV heads {list(group.heads)}: {codec.name} cannot store these {codec.shape.side}s, "
+                f"their {name} is infinite or not a number; skip the layer in the recipe, or check the model's dtype"
+            )

@@ -1,0 +1,158 @@
+"""What a quantizer must offer: `Codec`, and the `Layout` of the rows it stores.
+
+A codec handles one side (keys or values) of the KV heads that share a setting. All of its state is
+registered with `register_state`, so it follows `.to(device)`, is saved and is counted.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .errors import RecipeError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one side (keys or values) of a group of heads is quantized."""
+
+    quantizer: str
+    bits: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.quantizer, self.bits, repr(sorted(self.options.items()))))
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What a codec is built for: the number of KV heads, their size, and the side."""
+
+    num_kv_heads: int
+    head_dim: int
+    side: str  # "key" or "value"
+    dtype: torch.dtype = torch.float32  # of the model's keys and values
+
+
+@dataclass(frozen=True)
+class Field:
+    """One stored tensor: `size` elements a row; `tokens` consecutive tokens of a head share a row."""
+
+    dtype: torch.dtype
+    size: int
+    tokens: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The fields that a codec stores for a token of one head."""
+
+    fields: dict[str, Field]
+
+    @property
+    def block(self) -> int:
+        """Tokens that must be encoded together; 1 if every token stands alone."""
+        return math.lcm(*(f.tokens for f in self.fields.values()))
+
+    @property
+    def nbytes_per_token(self) -> float:
+        """Bytes of one token of one head."""
+        return sum(f.nbytes / f.tokens for f in self.fields.values())
+
+
+@dataclass(frozen=True)
+class ScalarLevels:
+    """A codec of the form `levels[code] * scale` in a rotated basis: what fused kernels can read.
+
+    `codes` and `scale` name the layout fields; `levels` is `[2**bits]`, ascending.
+    """
+
+    levels: Tensor
+    bits: int
+    codes: str = "codes"
+    scale: str = "scale"
+
+
+class Options(BaseModel):
+    """Base of a quantizer's own recipe keys; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Codec(nn.Module):
+    """Turns vectors into packed rows and back.
+
+    Subclasses set `name`, `supported_bits` and `Options`, and implement `layout`, `encode` and
+    `decode`. Shapes are `[batch, kv_heads, tokens, head_dim]` for vectors and
+    `[batch, kv_heads, rows, size]` for every packed field, rows = tokens / `Field.tokens`.
+    """
+
+    name: ClassVar[str]
+    supported_bits: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, spec: TensorSpec, shape: HeadShape):
+        super().__init__()
+        if spec.bits not in self.supported_bits:
+            allowed = ", ".join(map(str, self.supported_bits))
+            raise RecipeError(f"bits: found {spec.bits:g}; {self.name} supports {allowed}")
+        self.spec, self.shape, self.bits = spec, shape, int(spec.bits)
+        self.options = self.Options(**spec.options)
+
+    def register_state(self, name: str, tensor: Tensor) -> None:
+        """Register a tensor that belongs to the artifact (codebook, signs, rotation, mean ...)."""
+        # Not persistent: model.state_dict() must stay what strict weight loaders expect.
+        self.register_buffer(name, tensor, persistent=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that the artifact holds, by name."""
+        return dict(self.named_buffers())
+
+    def _apply(self, fn, recurse=True):
+        # model.half() must not round codebooks and rotations: move them, keep their dtype.
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).device)
+
+        return super()._apply(move, recurse)
+
+    def layout(self) -> Layout:
+        """The fields stored for each token."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Pack `x` `[batch, kv_heads, tokens, head_dim]`; tokens is a multiple of `layout().block`."""
+        raise NotImplementedError
+
+    def decode(self, packed: dict[str, Tensor]) -> Tensor:
+        """The float32 vectors that `packed` stands for: the reference every backend is tested against."""
+        raise NotImplementedError
+
+    def fit(self, stats) -> None:
+        """Set state from calibration statistics; data-free codecs have nothing to do."""
+
+    def levels(self) -> ScalarLevels | None:
+        """The scalar form that the fused kernels read, or None if the codec has none."""
+        return None
+
+    # Attention may run in the basis in which vectors are stored: one rotation of the query and one of
+    # the output a step, instead of one a stored token. Override all three together.
+
+    def rotate(self, query: Tensor) -> Tensor:
+        """The query `[..., head_dim]` in the stored basis: its dot products with keys are unchanged."""
+        return query
+
+    def unrotate(self, output: Tensor) -> Tensor:
+        """Bring an average of stored vectors back to the original basis."""
+        return output
+
+    def decode_rotated(self, packed: dict[str, Tensor]) -> Tensor:
+        """Like `decode`, but in the stored basis: `decode(p) == unrotate(decode_rotated(p))`."""
+        return self.decode(packed)

@@ -1,0 +1,217 @@
+"""The recipe: what a user wants, as strict pydantic models (schema version 1), and its YAML reader.
+
+Every problem is a `RecipeError` that names the file, the path inside it, what was found and what is
+allowed. Keys whose implementation is not there yet are part of the schema and refused, never ignored.
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from .errors import RecipeError
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Side(BaseModel):
+    """Keys or values: `bits`, and the quantizer's own keys (checked against it when a plan is made)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    bits: Annotated[int | float, Field(gt=0, le=32)] | None = None
+    quantizer: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the quantizer."""
+        return dict(self.model_extra or {})
+
+
+class Keep(_Model):
+    """Tokens that stay exact: the first `sinks` and the last `window`."""
+
+    sinks: NonNegativeInt = 4
+    window: NonNegativeInt = 128
+
+
+Layers = int | Annotated[str, Field(pattern=r"^(all|odd|even|-?\d+|\d+-\d+)$")]
+
+
+class Rule(_Model):
+    """Overrides for some layers and KV heads; later rules win."""
+
+    layers: Layers | list[Layers] = "all"
+    heads: NonNegativeInt | list[NonNegativeInt] | None = None
+    skip: bool = False
+    quantizer: str | None = None
+    key: Side | None = None
+    value: Side | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self):
+        changes = self.quantizer or self.key or self.value
+        if self.skip and changes:
+            raise ValueError("skip: true contradicts quantizer, key and value in the same rule; use one of them")
+        if not self.skip and not changes:
+            raise ValueError("the rule changes nothing; give skip: true, quantizer, key or value")
+        return self
+
+
+class Center(_Model):
+    """Subtract the calibrated mean."""
+
+    key: bool = False
+    value: bool = False
+
+
+class Outliers(_Model):
+    """Channels with bits of their own."""
+
+    channels: PositiveInt | list[NonNegativeInt]
+    bits: PositiveInt
+    select: Literal["calibration", "listed"] = "calibration"
+
+
+class Budget(_Model):
+    """Bits to be spread by an allocator."""
+
+    bits: Annotated[float, Field(gt=0)]
+    over: list[Literal["layers", "heads"]] = ["layers"]
+    allocator: str = "greedy"
+
+
+class Calibration(_Model):
+    """The text that statistics are taken from."""
+
+    text: str
+    tokens: PositiveInt = 65536
+    length: PositiveInt = 2048
+    seed: int = 0
+
+
+class Tier(_Model):
+    """Bits for tokens older than `after`."""
+
+    after: PositiveInt
+    key: Side
+    value: Side
+
+
+class Recipe(_Model):
+    """A whole recipe. Load one with `Recipe.load`, or build it from keyword arguments."""
+
+    version: Literal[1]
+    name: str = "unnamed"
+    quantizer: str = "turboquant"
+    key: Side
+    value: Side
+    keep: Keep = Keep()
+    rules: list[Rule] = []
+    center: Center = Center()
+    balance: Literal["none", "diagonal", "key"] = "none"
+    outliers: Outliers | None = None
+    budget: Budget | None = None
+    calibration: Calibration | None = None
+    tiers: list[Tier] = []
+
+    @model_validator(mode="after")
+    def _only_what_is_implemented(self):
+        for key in ("center", "balance", "outliers", "budget", "calibration", "tiers"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is part of the schema but not implemented in this version; remove it")
+        return self
+
+    @classmethod
+    def parse(cls, data: Any, source: str = "recipe") -> "Recipe":
+        """Build a recipe from plain data; `source` names it in errors. Raises `RecipeError`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+    @classmethod
+    def load(cls, recipe: "Recipe | str | Path | dict") -> "Recipe":
+        """A recipe from a YAML file, the name of a shipped one, plain data, or a `Recipe` itself.
+
+        Raises `RecipeError` if the file is missing, is not YAML, or breaks the schema.
+        """
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, dict):
+            return cls.parse(recipe)
+        path = Path(recipe)
+        shipped = resources.files("tqcompress.recipes") / f"{recipe}.yaml"
+        if path.is_file():
+            text = path.read_bytes()
+        elif path.name == str(recipe) and shipped.is_file():
+            text = shipped.read_bytes()
+        else:
+            raise RecipeError(f"{recipe}: no such file; shipped recipes: {', '.join(shipped_recipes())}")
+        try:
+            data = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
+        return cls.parse(data, str(recipe))
+
+    def dump(self) -> str:
+        """The recipe as YAML that loads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(exclude_defaults=True) | {"version": 1}, sort_keys=False)
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that ship with the package."""
+    return sorted(p.name[:-5] for p in resources.files("tqcompress.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (YAML would silently take the last)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_path(*parts: str | int) -> str:
+    """`rules[1].key.bits` from its parts."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return path.lstrip(".")
+
+
+def _explain(error: dict) -> str:
+    """One pydantic error as `path: what was found, what is allowed`."""
+    model, parts = Recipe, []
+    for part in error["loc"]:
+        if isinstance(part, int) or part in getattr(model, "model_fields", {}):
+            parts.append(part)
+            model = _child(model, part)
+        elif error["type"] == "extra_forbidden":
+            parts.append(part)  # anything else in loc is pydantic's name for a member of a union
+    where = yaml_path(*parts) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; allowed: {', '.join(model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{where}: missing; it is required"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: found {error['input']!r}; allowed: {message}"
+
+
+def _child(model: Any, part: str | int) -> Any:
+    """The model behind a field, looking through lists and unions; None if there is none."""
+    pending = [model.model_fields[part].annotation] if isinstance(part, str) else [model]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        pending.extend(getattr(annotation, "__args__", ()))
+    return None

@@ -1,0 +1,143 @@
+"""Recipe x model shape -> plan. Rules are applied top to bottom, head by head; later rules win."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from .codec import HeadShape, TensorSpec
+from .errors import RecipeError
+from .plan import Group, Plan, footprint
+from .recipe import Recipe, Rule, Side, yaml_path
+from .registry import plugins
+from .shape import ModelShape
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One side of one head while rules are applied: each value with the path it came from."""
+
+    quantizer: tuple[str, str]
+    keys: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def overridden(self, quantizer: str | None, side: Side | None, rule: str, name: str) -> "_Setting":
+        """This setting after a rule (or the recipe's top level) at path `rule`, for the side `name`."""
+        setting, path = self, yaml_path(*filter(None, (rule, name)))
+        if side is not None and side.quantizer:
+            quantizer, where = side.quantizer, f"{path}.quantizer"
+        else:
+            where = yaml_path(*filter(None, (rule, "quantizer")))
+        if quantizer and quantizer != self.quantizer[0]:
+            # The old quantizer's own keys mean nothing to the new one; the bits still do.
+            setting = _Setting((quantizer, where), {k: v for k, v in self.keys.items() if k == "bits"})
+        if side is None:
+            return setting
+        given = side.options | ({} if side.bits is None else {"bits": side.bits})
+        return replace(setting, keys=setting.keys | {k: (v, f"{path}.{k}") for k, v in given.items()})
+
+    def spec(self, shape: HeadShape, source: str) -> TensorSpec:
+        """The checked spec. Raises `RecipeError` naming the path of the offending key."""
+        values = {key: value for key, (value, _) in self.keys.items()}
+        paths = {key: path for key, (_, path) in self.keys.items()} | {"quantizer": self.quantizer[1]}
+        if "bits" not in values:
+            raise RecipeError(f"{source}: {shape.side}.bits: missing; give the bits of a {shape.side}")
+        spec = TensorSpec(self.quantizer[0], values.pop("bits"), values)
+        try:
+            footprint(spec, shape)
+        except RecipeError as error:
+            key, _, message = str(error).partition(": ")
+            raise RecipeError(f"{source}: {paths.get(key, shape.side)}: {message or key}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            allowed = ["bits", "quantizer", *plugins().registry.codec(spec.quantizer).Options.model_fields]
+            key = str(first["loc"][0])
+            what = (
+                f"unknown key; {spec.quantizer} allows {', '.join(allowed)}"
+                if first["type"] == "extra_forbidden"
+                else f"found {first['input']!r}; allowed: {first['msg'].removeprefix('Input should be ')}"
+            )
+            raise RecipeError(f"{source}: {paths.get(key, key)}: {what}") from None
+        return spec
+
+
+def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Plan:
+    """The plan that `recipe` means for `model`; `source` names the recipe in errors.
+
+    Raises `RecipeError` for layers, heads, quantizers, bits or keys that do not exist here.
+    """
+    source = source or recipe.name
+    base = {
+        side: _Setting((recipe.quantizer, "quantizer")).overridden(None, getattr(recipe, side), "", side)
+        for side in ("key", "value")
+    }
+    rules = [_expand(rule, f"rules[{i}]", model, source) for i, rule in enumerate(recipe.rules)]
+    groups, exact = [], {}
+    for index, layer in enumerate(model.layers):
+        if layer.kind != "full":
+            exact[index] = f"{layer.kind} attention" if layer.kind == "sliding" else f"{layer.kind} layer"
+            continue
+        pairs = defaultdict(list)  # (key spec, value spec) -> heads; None stands for skip
+        for head in range(layer.num_kv_heads):
+            settings, skipped = dict(base), None
+            for rule, path, layers, heads in rules:
+                if index not in layers or (heads is not None and head not in heads):
+                    continue
+                skipped = path if rule.skip else None
+                settings = {
+                    side: settings[side].overridden(rule.quantizer, getattr(rule, side), path, side)
+                    for side in settings
+                }
+            pairs[skipped or _specs(settings, model, index, source)].append(head)
+        skips = [pair for pair in pairs if isinstance(pair, str)]
+        if len(skips) == len(pairs):
+            exact[index] = f"skipped by {skips[-1]}"
+            continue
+        raw = TensorSpec("exact", model.dtype.itemsize * 8)
+        merged = defaultdict(list)  # two rules that skip heads make one exact group
+        for pair, heads in pairs.items():
+            merged[(raw, raw) if isinstance(pair, str) else pair] += heads
+        groups += [Group(index, tuple(sorted(heads)), *pair) for pair, heads in merged.items()]
+    return Plan(model, tuple(groups), recipe.keep.sinks, recipe.keep.window, exact)
+
+
+def _specs(settings: dict[str, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:
+    dim = model.layers[layer].head_dim
+    return tuple(settings[side].spec(HeadShape(1, dim, side, model.dtype), source) for side in ("key", "value"))
+
+
+def _expand(rule: Rule, path: str, model: ModelShape, source: str) -> tuple[Rule, str, set[int], set[int] | None]:
+    """A rule with the layers and heads it covers in this model."""
+    many = isinstance(rule.layers, list)
+    layers: set[int] = set()
+    for i, selector in enumerate(rule.layers if many else [rule.layers]):
+        where = f"{source}: {path}.layers" + (f"[{i}]" if many else "")
+        layers |= _select(selector, model, where, explicit_must_compress=not rule.skip)
+    if rule.heads is None:
+        return rule, path, layers, None
+    heads = {rule.heads} if isinstance(rule.heads, int) else set(rule.heads)
+    limit = min((model.layers[i].num_kv_heads for i in layers), default=0)
+    for head in sorted(heads):
+        if head >= limit:
+            raise RecipeError(f"{source}: {path}.heads: found {head}; the layers it covers have KV heads 0 to {limit - 1}")
+    return rule, path, layers, heads
+
+
+def _select(selector: int | str, model: ModelShape, where: str, explicit_must_compress: bool) -> set[int]:
+    """The layers that one selector means: an index, a range "a-b", "odd", "even" or "all"."""
+    count = len(model.layers)
+    if selector in ("all", "odd", "even"):
+        return set(range(selector == "odd", count, 1 if selector == "all" else 2))
+    if isinstance(selector, str) and "-" in selector[1:]:
+        first, last = map(int, selector.split("-"))
+        if first > last or last >= count:
+            raise RecipeError(f"{where}: found {selector!r}; allowed: a range within 0-{count - 1}, first <= last")
+        return set(range(first, last + 1))
+    index = int(selector)
+    if not -count <= index < count:
+        raise RecipeError(f"{where}: found {index}; the model has layers 0 to {count - 1} (or -{count} to -1)")
+    index %= count
+    if explicit_must_compress and model.layers[index].kind != "full":
+        full = [i for i, layer in enumerate(model.layers) if layer.kind == "full"]
+        raise RecipeError(f"{where}: layer {index} is {model.layers[index].kind} and stays exact; compressed layers: {full}")
+    return {index}

@@ -1,0 +1,72 @@
+"""`TokenStore`: the packed rows of one side of a group of heads, in buffers that grow without copying often."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .codec import Layout
+
+
+class TokenStore:
+    """Packed tokens, batch first: every field is `[batch, heads, rows, size]`.
+
+    Buffers grow by an eighth (at least `MIN_GROWTH` tokens), so appending is amortised and spare room is
+    bounded. Rows below `length` never change until they are cropped, so views of them stay valid.
+    """
+
+    MIN_GROWTH = 256
+
+    def __init__(self, layout: Layout, batch: int, heads: int, device: torch.device, capacity: int = 0):
+        self.layout, self.length = layout, 0
+        self.buffers = {
+            name: torch.empty(batch, heads, -(-capacity // field.tokens), field.size, dtype=field.dtype, device=device)
+            for name, field in layout.fields.items()
+        }
+
+    def append(self, packed: dict[str, Tensor], tokens: int) -> None:
+        """Add encoded tokens; their number is a multiple of the layout's block."""
+        self._reserve(self.length + tokens)
+        for name, field in self.layout.fields.items():
+            start = self.length // field.tokens
+            self.buffers[name].narrow(2, start, tokens // field.tokens).copy_(packed[name])
+        self.length += tokens
+
+    def read(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+        """Views of the rows of tokens `start` to `stop`, both multiples of the block."""
+        stop = self.length if stop is None else stop
+        return {
+            name: self.buffers[name].narrow(2, start // field.tokens, (stop - start) // field.tokens)
+            for name, field in self.layout.fields.items()
+        }
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens, a multiple of the block."""
+        self.length = min(self.length, length)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every buffer, as reordering the batch or moving between devices does."""
+        self.buffers = {name: function(buffer) for name, buffer in self.buffers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held."""
+        return sum(view.numel() * view.element_size() for view in self.read().values())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the buffers, room to grow included."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def _reserve(self, tokens: int) -> None:
+        block = self.layout.block
+        for name, field in self.layout.fields.items():
+            old = self.buffers[name]
+            if old.shape[2] * field.tokens >= tokens:
+                continue
+            grown = max(tokens, self.length + max(self.length // 8, self.MIN_GROWTH))
+            rows = -(-grown // block) * block // field.tokens
+            new = old.new_empty(*old.shape[:2], rows, field.size)
+            used = -(-self.length // field.tokens)
+            new[:, :, :used] = old[:, :, :used]
+            self.buffers[name] = new
