@@ -132,7 +132,7 @@ def apply(model: nn.Module, recipe: "Recipe | str | Path | dict") -> Plan:
     unchanged.
     """
     compression = plan_compression(model, recipe)
-    _attach(model, compression)
+    attach(model, compression)
     return compression.plan
 
 
@@ -193,11 +193,12 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
     plan = artifact.plan_for(ModelShape.of(model))
     compression = Compression(artifact.recipe, plan, _devices(model))
     artifact.restore(compression.state())
-    _attach(model, compression)
+    attach(model, compression)
     return plan
 
 
-def _attach(model: nn.Module, compression: Compression) -> None:
+def attach(model: nn.Module, compression: Compression) -> None:
+    """Compress `model` with what `plan_compression` prepared, in place of what it had before."""
     previous = compression_of(model)
     if previous is not None:
         previous.detach(model)

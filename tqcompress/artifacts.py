@@ -19,7 +19,7 @@ from . import __version__
 from .errors import ArtifactError, TQCompressError
 from .plan import Plan
 from .recipe import Recipe
-from .shape import ModelShape
+from .shape import LayerShape, ModelShape
 
 FILE_NAME = "tqcompress.safetensors"
 FORMAT, FORMAT_VERSION = "tqcompress", 1
@@ -34,7 +34,14 @@ class Artifact:
     plan: dict[str, Any]
     fingerprint: dict[str, Any]
     model_name: str
+    model_dtype: str
     tensors: dict[str, Tensor]
+
+    def model(self) -> ModelShape:
+        """The shape of the model that the artifact was made for."""
+        layers = tuple(LayerShape(**layer) for layer in self.fingerprint["layers"])
+        dtype = getattr(torch, self.model_dtype)
+        return ModelShape(self.model_name, self.fingerprint["model_type"], dtype, layers, self.fingerprint["rope"])
 
     def plan_for(self, model: ModelShape) -> Plan:
         """The stored plan. Raises `ArtifactError` if `model` differs in what the plan depends on."""
@@ -76,6 +83,7 @@ def write(directory: Path, recipe: Recipe, plan: Plan, state: dict[str, Tensor])
         "plan": json.dumps(plan.to_dict(), sort_keys=True),
         "fingerprint": json.dumps(plan.model.fingerprint(), sort_keys=True),
         "model_name": plan.model.name,
+        "model_dtype": str(plan.model.dtype).removeprefix("torch."),
     }
     metadata["sha256"] = _digest(tensors, metadata)
     _replace(directory / "recipe.yaml", recipe.dump().encode())
@@ -110,7 +118,7 @@ def read(path: Path) -> Artifact:
         raise ArtifactError(f"{path}: the metadata is malformed: {error!r}") from None
     except TQCompressError as error:
         raise ArtifactError(str(error)) from None
-    return Artifact(path, recipe, plan, fingerprint, metadata.get("model_name", "?"), tensors)
+    return Artifact(path, recipe, plan, fingerprint, metadata["model_name"], metadata["model_dtype"], tensors)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -151,7 +151,7 @@ class CompressedLayer(DynamicLayer):
     def _view(self) -> KVView:
         groups = []
         for group, (key, value) in zip(self.codecs.groups, self.stores, strict=True):
-            exact = ((_heads(k, group), _heads(v, group)) for k, v in (self.sinks, self.recent))
+            exact = ((take_heads(k, group), take_heads(v, group)) for k, v in (self.sinks, self.recent))
             groups.append(GroupView(group, key, value, key.length, *exact))
         return KVView(tuple(groups), self.codecs.num_kv_heads)
 
@@ -176,7 +176,7 @@ class CompressedLayer(DynamicLayer):
     def _encode(self, keys: Tensor, values: Tensor) -> None:
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
-                packed = codec.encode(_heads(states, group))
+                packed = codec.encode(take_heads(states, group))
                 if states.device.type == "cpu":  # elsewhere this check would wait for the device
                     _check_finite(packed, self.codecs.layer, group, codec)
                 store.append(packed, states.shape[2])
@@ -263,7 +263,7 @@ class CompressedLayer(DynamicLayer):
         return exact + sum(store.nbytes for pair in self.stores for store in pair)
 
 
-def _heads(states: Tensor, group: GroupCodecs) -> Tensor:
+def take_heads(states: Tensor, group: GroupCodecs) -> Tensor:
     """The group's heads of `[batch, kv_heads, tokens, head_dim]`; a view if it has all of them."""
     return states if states.shape[1] == len(group.heads) else states[:, list(group.heads)]
 

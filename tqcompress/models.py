@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import ModelError
+from .shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
     except OSError as error:
         raise ModelError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), tokenizer
+
+
+def load_shape(name: str) -> ModelShape:
+    """The cache-relevant shape of the model `name`, from its config alone."""
+    from transformers import AutoConfig
+
+    source = find_model(name)
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(source.path, **source.kwargs))
+    except OSError as error:
+        raise ModelError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def cache_directory() -> Path:

@@ -1,0 +1,1 @@
+"""An example of a tqcompress plugin: the quantizer `sign`."""

@@ -1,0 +1,168 @@
+"""Codebooks against known constants, a law with a closed form, and independent numerical quadrature."""
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate
+
+from tqcompress.codebook import distortion, e4m3_levels, lloyd_max
+
+# Mean squared error of the optimal scalar quantizer of a unit Gaussian (Max 1960), to the digits printed there.
+GAUSSIAN = {1: 0.3634, 2: 0.1175, 3: 0.0345, 4: 0.0095}
+
+
+def quad(function, low: float, high: float) -> float:
+    return integrate.quad(function, low, high, epsabs=0, epsrel=1e-10, limit=200)[0]
+
+
+@cache
+def density(dim: int):
+    """The law of sqrt(dim) * coordinate of a random unit vector, normalised numerically."""
+    edge = math.sqrt(dim)
+
+    def shape(x: float) -> float:
+        return (1 - x * x / dim) ** ((dim - 3) / 2)
+
+    total = 2 * quad(shape, 0, edge)
+    return lambda x: shape(x) / total
+
+
+def cells(levels: np.ndarray, dim: int) -> list[tuple[float, float, float]]:
+    """Each level with the borders of its nearest-neighbour cell."""
+    edge = math.sqrt(dim)
+    borders = [-edge, *((levels[1:] + levels[:-1]) / 2), edge]
+    return list(zip(levels, borders[:-1], borders[1:], strict=True))
+
+
+def measured_distortion(levels: np.ndarray, dim: int) -> float:
+    f = density(dim)
+    return sum(quad(lambda x, level=level: (x - level) ** 2 * f(x), a, b) for level, a, b in cells(levels, dim))
+
+
+@pytest.mark.parametrize("bits", GAUSSIAN)
+def test_gaussian_limit_has_the_known_constants(bits):
+    # Four printed digits: half a unit of the last one.
+    assert abs(distortion(lloyd_max(bits, None), None) - GAUSSIAN[bits]) <= 0.5e-4
+
+
+def test_gaussian_one_bit_is_exact():
+    """The level is E|x| = sqrt(2/pi), the distortion 1 - 2/pi."""
+    np.testing.assert_allclose(lloyd_max(1, None), [-math.sqrt(2 / math.pi), math.sqrt(2 / math.pi)], rtol=1e-9)
+    assert distortion(lloyd_max(1, None), None) == pytest.approx(1 - 2 / math.pi, rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_levels_are_centroids_by_quadrature(bits, dim):
+    """Lloyd's two conditions are those of the optimum: the cells are nearest-neighbour, levels their centroids."""
+    f = density(dim)
+    for level, low, high in cells(lloyd_max(bits, dim), dim):
+        centroid = quad(lambda x: x * f(x), low, high) / quad(f, low, high)
+        # The solver stops below 1e-9, the quadrature is good to 1e-10 of each integral; a cell that straddles
+        # no zero has integrals of one sign, so the ratio keeps that accuracy.
+        assert abs(level - centroid) <= 2e-9 * max(1.0, abs(level))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_distortion_by_quadrature(bits, dim):
+    levels = lloyd_max(bits, dim)
+    # quad: 1e-10 of each positive term; the closed form subtracts numbers near 1: about 1e-15 / distortion.
+    assert distortion(levels, dim) == pytest.approx(measured_distortion(levels, dim), rel=1e-9)
+
+
+def test_distortion_of_levels_that_are_not_optimal_by_quadrature():
+    levels = np.array([-2.0, -0.3, 0.3, 2.0])
+    assert distortion(levels, 64) == pytest.approx(measured_distortion(levels, 64), rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_dim_3_is_the_uniform_law(bits):
+    """On the sphere in three dimensions a coordinate is uniform: uniform levels, distortion exactly 4**-bits."""
+    levels = lloyd_max(bits, 3)
+    uniform = math.sqrt(3) * (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
+    # A residual below 1e-9 in the centroid equations is amplified by the inverse of their Jacobian, for the
+    # uniform law a second difference of n = 2**bits levels: at most n**2 / 2 (its smallest eigenvalue is
+    # about (pi/n)**2 / 2).
+    np.testing.assert_allclose(levels, uniform, rtol=0, atol=1e-9 * max(1, 4**bits / 2))
+    assert distortion(uniform, 3) == pytest.approx(4.0**-bits, rel=1e-9)
+    # At the optimum the distortion is stationary: the error above enters squared.
+    assert distortion(levels, 3) == pytest.approx(4.0**-bits, rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [2, 64, 80, 128, None])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_levels_are_ascending_symmetric_and_inside(bits, dim):
+    levels = lloyd_max(bits, dim)
+    assert levels.shape == (2**bits,)
+    assert (np.diff(levels) > 0).all()
+    assert np.array_equal(levels, -levels[::-1])
+    assert dim is None or levels[-1] < math.sqrt(dim)
+
+
+@pytest.mark.parametrize("dim", [64, 128, None])
+def test_more_bits_are_better_and_above_the_shannon_bound_of_the_gaussian(dim):
+    """The Gaussian is the worst source of its variance, so 4**-bits bounds it only: checked for dim=None."""
+    errors = [distortion(lloyd_max(bits, dim), dim) for bits in range(1, 9)]
+    # A bit divides the error by at least 2.5 in this range (1/.3634 for the first, towards 4 later).
+    assert all(second < first / 2.5 for first, second in zip(errors, errors[1:], strict=False))
+    if dim is None:
+        assert all(error > 4.0**-bits for bits, error in enumerate(errors, 1))
+
+
+def test_no_small_change_improves_the_levels():
+    levels = lloyd_max(3, 64)
+    best = distortion(levels, 64)
+    for i in range(4, 8):
+        for step in (-1e-3, 1e-3):
+            moved = levels.copy()
+            moved[i] += step
+            moved[7 - i] -= step
+            assert distortion(moved, 64) > best
+
+
+def test_one_coordinate_is_refused():
+    with pytest.raises(ValueError, match="at least 2 coordinates"):
+        lloyd_max(2, 1)
+
+
+def e4m3_scales(smallest: float) -> list[float]:
+    """Every scale that could put `smallest` on the grid: a mantissa of 8 to 15 sixteenths, any power of two."""
+    return [mantissa / 16 * 2.0**exponent / smallest for mantissa in range(8, 16) for exponent in range(-5, 9)]
+
+
+def on_grid(values: np.ndarray) -> bool:
+    """Whether values are e4m3 numbers, up to the rounding of a float64 product."""
+    rounded = torch.from_numpy(values).to(torch.float8_e4m3fn).to(torch.float64).numpy()
+    return bool(np.allclose(rounded, values, rtol=1e-12, atol=0))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256, None])
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_e4m3_levels_times_a_common_scale_are_fp8_numbers(bits, dim):
+    levels = e4m3_levels(bits, dim)
+    assert levels.shape == (2**bits,)
+    assert (np.diff(levels) > 0).all()
+    assert np.array_equal(levels, -levels[::-1])
+    assert any(on_grid(levels * scale) for scale in e4m3_scales(levels[2 ** (bits - 1)]))
+
+
+def test_the_grid_check_itself_refuses_other_levels():
+    levels = lloyd_max(4, 128)
+    assert not any(on_grid(levels * scale) for scale in e4m3_scales(levels[8]))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256, None])
+@pytest.mark.parametrize(("bits", "loss"), [(1, 1e-9), (2, 0.002), (3, 0.002), (4, 0.015)])
+def test_e4m3_levels_cost_little(bits, loss, dim):
+    """The limits of the design (quality.md, 2.1: +0.1 % at 3 bits, +0.7 % at 4 bits) with some room."""
+    optimum = distortion(lloyd_max(bits, dim), dim)
+    assert optimum * (1 - 1e-9) <= distortion(e4m3_levels(bits, dim), dim) <= optimum * (1 + loss)
+
+
+def test_e4m3_refuses_more_levels_than_the_grid_has():
+    with pytest.raises(ValueError, match="too few"):
+        e4m3_levels(8, 128)

@@ -1,0 +1,223 @@
+"""The `tqcompress` command."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__, api, report
+from .artifacts import FILE_NAME, read
+from .errors import TQCompressError
+from .evaluate import evaluate, passes
+from .models import ALIASES, load_model, load_shape
+from .recipe import Recipe, shipped_recipes
+from .registry import plugins
+from .resolve import resolve
+from .texts import SHIPPED, load_text
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+console = Console()
+
+RecipeArg = Annotated[str, typer.Argument(help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")]
+ModelOpt = Annotated[str, typer.Option(help=f"hub id, directory, .gguf file, or alias: {', '.join(ALIASES)}")]
+TextOpt = Annotated[str, typer.Option(help=f"UTF-8 file to measure on, or a shipped text: {', '.join(SHIPPED)}")]
+WindowOpt = Annotated[int, typer.Option(min=2, help="measure in independent windows of this many tokens")]
+TokensOpt = Annotated[int, typer.Option(min=2, help="measure on the first tokens of the text only")]
+JsonOpt = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
+DeviceOpt = Annotated[str | None, typer.Option(help="default: cuda if there is one, else cpu")]
+DtypeOpt = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: float32 on a CPU")]
+
+PROMPT = "In one short paragraph: what does the text above say about how laws are made?"
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False) -> None:
+    """Compress the KV cache of transformer language models to 1-4 bits a value."""
+
+
+@app.command()
+def apply(
+    recipe: RecipeArg,
+    model: ModelOpt,
+    out: Annotated[Path | None, typer.Option(help="save the compressed model's directory here")] = None,
+    weights: Annotated[bool, typer.Option(help="save the weights too; without, OUT points at the model")] = False,
+    prompt: Annotated[str | None, typer.Option(help="default: a question about a page of the shipped text")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the sample output")] = 48,
+    text: TextOpt = "constitution",
+    max_tokens: TokensOpt = 2048,
+    window_tokens: WindowOpt = 2048,
+    json_file: JsonOpt = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+) -> None:
+    """Compress a model's cache: generate with it, measure what it costs and loses, save it."""
+    started = time.perf_counter()
+    Recipe.load(recipe)  # a bad recipe must not wait for the model
+    content = load_text(text)
+    with _progress() as bar:
+        step = bar.add_task(f"loading {model}", total=None)
+        loaded, tokenizer = load_model(model, device, dtype)
+        inputs = _prompt(tokenizer, prompt).to(loaded.device)
+        compression = api.plan_compression(loaded, recipe)
+
+        bar.update(step, description="generating, uncompressed")
+        before = _generate(loaded, tokenizer, inputs, max_new_tokens)
+        ids = _token_ids(tokenizer, content, max_tokens)
+        bar.update(step, description="measuring", total=passes(len(ids), window_tokens, 1), completed=0)
+        name = compression.recipe.name
+        quality = evaluate(loaded, ids, {name: compression}, window_tokens, lambda: bar.advance(step))[0]
+
+        bar.update(step, description="generating, compressed", total=None)
+        api.attach(loaded, compression)
+        after = _generate(loaded, tokenizer, inputs, max_new_tokens)
+        if out is not None:
+            bar.update(step, description=f"saving to {out}")
+            api.save(loaded, out, weights=weights, tokenizer=tokenizer, base=_base(model))
+    seconds = time.perf_counter() - started
+
+    console.print(report.cost_table(compression.plan))
+    console.print(report.quality_table([quality], text))
+    samples = Table(title=f"after a prompt of {inputs.input_ids.shape[1]} tokens", title_justify="left", show_lines=True)
+    samples.add_column("uncompressed", ratio=1)
+    samples.add_column(name, ratio=1)
+    samples.add_row(escape(before), escape(after))
+    console.print(samples)
+    console.print(f"{seconds:.1f} s" + (f", saved to {out}" if out else ""))
+    here = report.costs(compression.plan)[0]
+    _write_json(json_file, {
+        "recipe": name,
+        "model": model,
+        "context": here["tokens"],
+        "effective_bits": here["effective_bits"],
+        "format_bits": quality.format_bits,
+        "bytes_per_token": here["bytes_per_token"],
+        "ratio_to_bf16": here["ratio_to_bf16"],
+        "contexts": report.costs(compression.plan),
+        "perplexity": quality.perplexity,
+        "perplexity_uncompressed": quality.perplexity_uncompressed,
+        "kl_mean": quality.kl_mean,
+        "quality": quality.to_dict(),
+        "generated": after,
+        "generated_uncompressed": before,
+        "seconds": seconds,
+        "out": str(out) if out else None,
+    })  # fmt: skip
+
+
+@app.command(name="eval")
+def evaluate_command(
+    recipes: Annotated[list[str], typer.Argument(help="recipes, as for apply")],
+    model: ModelOpt,
+    text: TextOpt = "constitution",
+    max_tokens: TokensOpt = 8192,
+    window_tokens: WindowOpt = 2048,
+    json_file: JsonOpt = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
+    for recipe in recipes:
+        Recipe.load(recipe)
+    content = load_text(text)
+    with _progress() as bar:
+        step = bar.add_task(f"loading {model}", total=None)
+        loaded, tokenizer = load_model(model, device, dtype)
+        compressions = {_label(recipe): api.plan_compression(loaded, recipe) for recipe in recipes}
+        ids = _token_ids(tokenizer, content, max_tokens)
+        total = passes(len(ids), window_tokens, len(compressions))
+        bar.update(step, description="measuring", total=total, completed=0)
+        results = evaluate(loaded, ids, compressions, window_tokens, lambda: bar.advance(step))
+    console.print(report.quality_table(results, text))
+    _write_json(json_file, [result.to_dict() for result in results])
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(help="a recipe (with --model), or a directory that apply or save wrote")],
+    model: Annotated[str | None, typer.Option(help="as for apply; only its config is read")] = None,
+) -> None:
+    """Show what each layer and KV head gets, and what it costs, without loading weights."""
+    if (Path(what) / FILE_NAME).is_file() or Path(what).name == FILE_NAME:
+        artifact = read(Path(what))
+        compression = api.Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
+        artifact.restore(compression.state())
+    elif model is None:
+        raise TQCompressError(f"{what}: a recipe is inspected against a model, give --model; a saved directory needs none")
+    else:
+        recipe = Recipe.load(what)
+        compression = api.Compression(recipe, resolve(recipe, load_shape(model), what), {})
+    console.print(report.plan_table(compression))
+    console.print(report.cost_table(compression.plan))
+
+
+@app.command(name="plugins")
+def list_plugins() -> None:
+    """List plugins, the quantizers they add, and the ones that failed to load."""
+    console.print(report.plugin_table(plugins().sources))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; an error of ours is one line and exit status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        plugins().hook.tqcompress_cli(app=app)
+        app(words)
+    except TQCompressError as error:
+        if "--debug" in words:
+            raise
+        print(f"tqcompress: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _label(recipe: str) -> str:
+    return Path(recipe).stem if Path(recipe).suffix else recipe
+
+
+def _base(model: str) -> str:
+    """How a saved directory names its base: aliases and hub ids as they are, paths in full."""
+    return str(Path(model).resolve()) if Path(model).exists() and model not in ALIASES else model
+
+
+def _token_ids(tokenizer: Any, content: str, max_tokens: int) -> torch.Tensor:
+    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids[:max_tokens])
+
+
+def _prompt(tokenizer: Any, prompt: str | None) -> Any:
+    """The prompt as a chat message where the tokenizer has a chat template.
+
+    The default one is long enough that most of its cache is compressed: a short prompt fits the window.
+    """
+    if prompt is None:
+        prompt = f"{load_text('constitution')[2000:5500]}\n\n{PROMPT}"
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def _write_json(path: Path | None, data: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

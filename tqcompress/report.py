@@ -1,0 +1,123 @@
+"""What the command line prints: rich tables of plans, measurements and plugins."""
+
+from itertools import groupby
+
+from rich.table import Table
+
+from .api import Compression
+from .codec import TensorSpec
+from .evaluate import Quality
+from .plan import Plan
+from .registry import Source
+
+CONTEXTS = {8192: "8K", 131072: "128K", 1048576: "1M"}
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that keeps the number readable."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            break
+        nbytes, larger = nbytes / 1024, unit
+    else:
+        return f"{nbytes:,.2f} TiB"
+    return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.2f} {unit}"
+
+
+def costs(plan: Plan) -> list[dict[str, float]]:
+    """Bits, bytes and ratio of a plan at each of `CONTEXTS`, exact tokens counted at 16 bits."""
+    rows = []
+    for tokens in CONTEXTS:
+        bits = plan.effective_bits(tokens)
+        dense = plan.dense_nbytes(tokens)
+        nbytes = round(dense * bits / 16)
+        rows.append({
+            "tokens": tokens,
+            "effective_bits": bits,
+            "bytes_per_token": nbytes / tokens,
+            "ratio_to_bf16": dense / nbytes,
+            "nbytes": nbytes,
+            "nbytes_bf16": dense,
+        })
+    return rows
+
+
+def cost_table(plan: Plan) -> Table:
+    """The cache's cost at each context length."""
+    table = Table(title=f"KV cache of {plan.model.name}, everything counted (exact tokens at 16 bits)", title_justify="left")
+    for column in ("context", "bits a value", "bytes a token", "cache", "bf16 cache", "ratio"):
+        table.add_column(column, justify="right")
+    for row in costs(plan):
+        table.add_row(
+            CONTEXTS[row["tokens"]], f"{row['effective_bits']:.3f}", f"{row['bytes_per_token']:,.0f}",
+            size(row["nbytes"]), size(row["nbytes_bf16"]), f"{row['ratio_to_bf16']:.2f}x",
+        )  # fmt: skip
+    return table
+
+
+def quality_table(results: list[Quality], text: str) -> Table:
+    """Perplexity, KL and agreement of each recipe."""
+    first = results[0]
+    title = f"{text}, {first.tokens:,} tokens; uncompressed perplexity {first.perplexity_uncompressed:.3f}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("recipe")
+    for column in ("bits here", "format bits", "perplexity", "mean KL", "KL p99", "same top-1"):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(
+            r.recipe, f"{r.effective_bits:.3f}", f"{r.format_bits:.3f}", f"{r.perplexity:.3f}",
+            f"{r.kl_mean:.4f} ± {r.kl_stderr:.4f}", f"{r.kl_p99:.3f}", f"{r.top1:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def plan_table(compression: Compression) -> Table:
+    """What every layer and head gets; consecutive layers that get the same share a row."""
+    plan = compression.plan
+    table = Table(title=f"{compression.recipe.name} on {plan.model.name}", title_justify="left")
+    for column in ("layers", "KV heads", "keys", "values", "bytes a token", "backend"):
+        table.add_column(column)
+    rows = [(index, row) for index in range(len(plan.model.layers)) for row in _layer_rows(compression, index)]
+    rows.sort(key=lambda item: (item[1][0], item[0]))  # a head group's rows lie together, layer by layer
+    ranges = []
+    for (heads, *rest), items in groupby(rows, key=lambda item: item[1]):
+        layers = [index for index, _ in items]
+        for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
+            run = [layer for _, layer in run]
+            ranges.append((run[0], f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), heads, rest))
+    for _, layers, heads, rest in sorted(ranges, key=lambda row: (row[0], row[2])):
+        table.add_row(layers, heads, *rest)
+    return table
+
+
+def _layer_rows(compression: Compression, index: int) -> list[tuple[str, ...]]:
+    plan = compression.plan
+    shape = plan.model.layers[index]
+    groups = plan.layer_groups(index)
+    if not groups:
+        nbytes = shape.values_per_token * plan.model.dtype.itemsize
+        return [("all", f"exact: {plan.exact[index]}", "", f"{nbytes:,.1f}", "transformers")]
+    rows = []
+    for group, codecs in zip(groups, compression.layers[index].groups, strict=True):
+        row = sum(plan.layout(group, side).nbytes_per_token for side in ("key", "value"))
+        heads = "all" if len(group.heads) == shape.num_kv_heads else ", ".join(map(str, group.heads))
+        backend = f"{codecs.backend.name} ({codecs.backend.reason})"
+        rows.append((heads, describe(group.key), describe(group.value), f"{len(group.heads) * row:,.1f}", backend))
+    return rows
+
+
+def describe(spec: TensorSpec) -> str:
+    """A spec in a few words."""
+    options = " ".join(f"{key}={value}" for key, value in spec.options.items())
+    return f"{spec.bits:g} bit {spec.quantizer} {options}".rstrip()
+
+
+def plugin_table(sources: list[Source]) -> Table:
+    """Every plugin, what it adds, and what is wrong with it."""
+    table = Table(title="Plugins, in the order of their registration", title_justify="left")
+    for column in ("plugin", "from", "quantizers", "status"):
+        table.add_column(column)
+    for source in sources:
+        status = f"[red]broken: {source.error}[/red]" if source.error else "ok"
+        table.add_row(source.name, source.origin, ", ".join(source.codecs) or "-", status)
+    return table
