@@ -1,7 +1,7 @@
 """TurboQuant: random rotation, one scale a vector, Lloyd-Max levels a coordinate.
 
-Source: TurboQuant (arXiv 2504.19874), the MSE variant, with the stored scale |x| / |levels[codes]| instead
-of |x| (norm correction: the decoded vector keeps its norm at no cost).
+Source: TurboQuant (arXiv 2504.19874), the MSE variant. Unlike the paper, the stored scale is by default
+|x| / |levels[codes]| and not |x| / sqrt(head_dim): the decoded vector keeps its norm, at no cost.
 """
 
 from typing import Literal
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tqcompress import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, hookimpl
+from tqcompress import Codec, Field, HeadShape, Layout, Options, RecipeError, ScalarLevels, TensorSpec, hookimpl
 from tqcompress.codebook import e4m3_levels, lloyd_max
 from tqcompress.packing import pack, packed_size, unpack
 from tqcompress.rotation import Rotation
@@ -26,6 +26,7 @@ class TurboQuantOptions(Options):
     seed: int = 0
     levels: Literal["lloyd-max", "e4m3"] = "lloyd-max"
     scale: Literal["fp16", "log8"] = "fp16"
+    norm_correction: bool = True
 
 
 class TurboQuant(Codec):
@@ -37,7 +38,10 @@ class TurboQuant(Codec):
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
         options, dim = self.options, shape.head_dim
-        book = {"lloyd-max": lloyd_max, "e4m3": e4m3_levels}[options.levels](self.bits, dim)
+        try:
+            book = {"lloyd-max": lloyd_max, "e4m3": e4m3_levels}[options.levels](self.bits, dim)
+        except ValueError as error:
+            raise RecipeError(f"levels: found {options.levels!r}; {error}") from None
         self.register_state("codebook", torch.tensor(book, dtype=torch.float32))
         for name, tensor in Rotation.state(options.rotation, dim, options.seed).items():
             self.register_state(name, tensor)
@@ -51,18 +55,20 @@ class TurboQuant(Codec):
         })
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Rotate, normalise to unit variance a coordinate, take the nearest level, correct the norm."""
+        """Rotate, scale to unit variance a coordinate, take the nearest level, correct the norm."""
         rotated = Rotation.forward(x.float(), self.state())
         norm = rotated.norm(dim=-1, keepdim=True)
         unit = rotated * (self.shape.head_dim**0.5 / norm.clamp_min(torch.finfo(torch.float32).tiny))
-        codes = torch.bucketize(unit, (self.codebook[1:] + self.codebook[:-1]) / 2)
-        scale = norm / self.codebook[codes].norm(dim=-1, keepdim=True)
+        codes = torch.bucketize(unit, (self.codebook[1:] + self.codebook[:-1]) / 2, out_int32=True)
+        corrected = self.options.norm_correction
+        length = self._levels_of(codes).norm(dim=-1, keepdim=True) if corrected else self.shape.head_dim**0.5
+        scale = norm / length
         return {"codes": pack(codes, self.bits), "scale": self._encode_scale(scale)}
 
     def decode_rotated(self, packed: dict[str, Tensor]) -> Tensor:
         """levels[code] * scale, in the rotated basis."""
         codes = unpack(packed["codes"], self.bits, self.shape.head_dim)
-        return self.codebook[codes] * self._decode_scale(packed["scale"])
+        return self._levels_of(codes) * self._decode_scale(packed["scale"])
 
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The decoded vectors, float32."""
@@ -79,6 +85,9 @@ class TurboQuant(Codec):
     def levels(self) -> ScalarLevels | None:
         """Lloyd-Max levels in the rotated basis: every fused kernel can read them."""
         return ScalarLevels(self.codebook, self.bits)
+
+    def _levels_of(self, codes: Tensor) -> Tensor:
+        return self.codebook.index_select(0, codes.flatten()).view(codes.shape)  # faster than indexing
 
     def _encode_scale(self, scale: Tensor) -> Tensor:
         if self.options.scale == "fp16":

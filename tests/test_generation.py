@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
-from tiny import TOLERANCE, VOCAB, lossless, prompt, rounding, tiny_model
+from tiny import TOLERANCE, lossless, prompt, rounding, tiny_model
 from transformers import DynamicCache
 
 import tqcompress
 from tqcompress.cache import CompressedLayer
+from tqcompress.registry import plugins
 
 MAIN = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "gpt2"]
 ALL = [*MAIN, "gemma2", "gpt_oss", "phi3"]
-NEW = 24
+NEW = 14
 
 
 def pair(name, recipe=None, **overrides):
@@ -131,9 +132,8 @@ def test_several_sequences_returned(settings):
 
 
 @pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("chunk", [7, 16])
-def test_chunked_prefill(name, chunk):
-    assert_same_tokens(*pair(name), prompt(40), prefill_chunk_size=chunk)
+def test_chunked_prefill(name):
+    assert_same_tokens(*pair(name), prompt(40), prefill_chunk_size=7)
 
 
 @pytest.mark.parametrize("keep", [(4, 8), (0, 0), (4, 0), (0, 8)])
@@ -144,16 +144,14 @@ def test_chunk_boundaries_everywhere(keep):
     limit = TOLERANCE * rounding(plain, ids)
     with torch.no_grad():
         want = plain(ids, use_cache=False).logits
-    for first in (*range(1, 16), 23):
-        for second in {1, 3, 24 - first - 1, 24 - first} - {0}:
-            if first + second <= 24:
-                got, cache = logits_in_steps(compressed, ids, [first, second])
-                assert (got - want).abs().max() <= limit, (first, second)
-                assert cache.get_seq_length() == 24
+    for first in range(1, 15):
+        for second in (1, 3, 9):
+            got, cache = logits_in_steps(compressed, ids, [first, second, 24 - first - second])
+            assert (got - want).abs().max() <= limit, (first, second)
+            assert cache.get_seq_length() == 24
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize(("name", "chunk"), [*((name, None) for name in MAIN), ("llama", 16), ("gemma3", 16)])
 def test_static_cache(name, chunk):
     ids, mask = padded_batch()
     settings = {"cache_implementation": "static", "prefill_chunk_size": chunk, "disable_compile": True}
@@ -169,13 +167,12 @@ def test_layers_that_stay_exact(skipped, cache):
     assert_same_tokens(*pair("llama", recipe), ids, attention_mask=mask, **settings)
 
 
-def test_heads_with_their_own_settings():
-    rules = [{"layers": 1, "heads": 0, "skip": True}, {"layers": 2, "heads": 1, "key": {"bits": 16}}]
-    plain, compressed = pair("llama", lossless(rules=rules[:1]))
-    assert_same_tokens(plain, compressed, prompt(30))
-    rules[1] = {"layers": 2, "heads": [1, 3], "skip": True}
-    recipe = lossless(rules=rules)
-    plain, compressed = pair("llama", recipe, num_key_value_heads=6)  # interleaved groups of one layer
+def test_heads_with_their_own_settings(monkeypatch):
+    exact = plugins().registry.codec("exact")
+    monkeypatch.setitem(plugins().registry._codecs, "exact_too", type("ExactToo", (exact,), {"name": "exact_too"}))
+    rules = [{"layers": [0, 2], "heads": [1, 3], "key": {"quantizer": "exact_too"}}]
+    plain, compressed = pair("llama", lossless(rules=rules), num_key_value_heads=6)
+    assert [len(codecs.groups) for codecs in compressed.tqcompress.layers.values()] == [2, 1, 2]
     ids, mask = padded_batch()
     assert_same_tokens(plain, compressed, ids, attention_mask=mask)
 
@@ -216,7 +213,8 @@ def test_cache_positional_keyword_or_none():
 def test_prefix_reuse(name):
     plain, compressed = pair(name)
     ids = prompt(70)
-    prefix = compressed(ids[:, :40], use_cache=True).past_key_values
+    with torch.no_grad():  # or the exact layers hold tensors with a graph, which cannot be copied
+        prefix = compressed(ids[:, :40], use_cache=True).past_key_values
     for tail in (ids[:, 40:55], ids[:, 55:]):
         text = torch.cat([ids[:, :40], tail], dim=1)
         got = generate(compressed, text, past_key_values=copy.deepcopy(prefix))
@@ -261,7 +259,6 @@ def test_batch_operations(name):
 
 def test_lossy_recipe_differs():
     """The models are such that their tokens depend on what the cache holds: equality above means something."""
-    assert VOCAB == 200
     for name in MAIN:
         plain, lossy = pair(name, lossless(quantizer="turboquant", key={"bits": 1}, value={"bits": 1}))
         assert not torch.equal(generate(plain, prompt(30)), generate(lossy, prompt(30))), name

@@ -127,7 +127,7 @@ def test_dot_products_stay(kind):
     assert ((before - after).abs() <= 2.1 * matmul_bound(96) * x.norm(dim=-1) * y.norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("dim", DIMS + [45])
+@pytest.mark.parametrize("dim", [*DIMS, 45])
 def test_hadamard_spreads_an_outlier(dim):
     """A one-hot vector becomes a row of H: no coordinate above sqrt(2/dim), so all of them carry energy."""
     rotated = Rotation.forward(100 * torch.eye(dim), Rotation.state("hadamard", dim, 0))

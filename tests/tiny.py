@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+torch.set_num_threads(1)  # these models are too small for more
+
 VOCAB = 200
 WINDOW = 16  # sliding window of the models that have one
 _SIZES = {

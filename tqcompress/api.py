@@ -104,8 +104,13 @@ class Compression(nn.Module):
         if cache.layer_class_to_replicate is DynamicLayer:  # a DynamicCache() made without a config
             cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(self.plan.model.layers))]
             cache.layer_class_to_replicate = None
-        for index, codecs in self.layers.items():
-            layer = cache.layers[index]
+        for index, layer in enumerate(cache.layers):
+            codecs = self.layers.get(index)
+            if codecs is None:
+                # transformers makes one mask for all full-attention layers: the exact ones must be as long as ours.
+                if type(layer) is StaticLayer and not layer.is_initialized:
+                    cache.layers[index] = DynamicLayer()
+                continue
             if isinstance(layer, CompressedLayer) and layer.codecs is codecs:
                 continue
             if not isinstance(layer, CompressedLayer) and type(layer) not in (DynamicLayer, StaticLayer):
@@ -177,7 +182,7 @@ def save(
     artifacts.write(path, compression.recipe, compression.plan, compression.state())
     from .hf import write_config
 
-    write_config(model, path, weights, base or compression.plan.model.name)
+    write_config(model, path, weights, base or model.config._name_or_path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     return path

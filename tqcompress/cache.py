@@ -4,6 +4,7 @@ Tokens live in this order: sinks (exact) | packed | recent (exact). New tokens e
 left the window moves to the sinks until those are full, and is encoded, once, from then on.
 """
 
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -41,7 +42,7 @@ class GroupCodecs:
 
 @dataclass(frozen=True)
 class LayerCodecs:
-    """All that a `CompressedLayer` must know; shared by every cache of a model, never copied."""
+    """All that a `CompressedLayer` must know; shared by every cache of a model."""
 
     layer: int
     groups: tuple[GroupCodecs, ...]
@@ -50,9 +51,6 @@ class LayerCodecs:
     sinks: int
     window: int
     block: int
-
-    def __deepcopy__(self, memo):
-        return self
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,13 @@ class CompressedLayer(DynamicLayer):
         self.stores: list[tuple[TokenStore, TokenStore]] = []
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo):
+        new = copy(self)
+        memo[id(self)] = new
+        memo[id(self.codecs)] = self.codecs  # a copied cache belongs to the same model
+        new.__dict__ = deepcopy(self.__dict__, memo)
+        return new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, device and dtype from the first tokens. Raises `ModelError` on a wrong shape."""

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.exceptions import Abort, TyperException
 
 from . import __version__, api, report
 from .artifacts import FILE_NAME, read
@@ -23,7 +25,7 @@ from .registry import plugins
 from .resolve import resolve
 from .texts import SHIPPED, load_text
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(pretty_exceptions_enable=False)
 console = Console()
 
 RecipeArg = Annotated[str, typer.Argument(help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")]
@@ -38,8 +40,17 @@ DtypeOpt = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; 
 PROMPT = "In one short paragraph: what does the text above say about how laws are made?"
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tqcompress {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
     """Compress the KV cache of transformer language models to 1-4 bits a value."""
 
 
@@ -165,16 +176,20 @@ def list_plugins() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; an error of ours is one line and exit status 2."""
-    words = sys.argv[1:] if argv is None else argv
+    """Run the command line; an error of the user's is one line and exit status 2."""
+    given = sys.argv[1:] if argv is None else argv
+    words = [word for word in given if word != "--debug"]  # welcome anywhere on the line
     try:
         plugins().hook.tqcompress_cli(app=app)
-        app(words)
-    except TQCompressError as error:
-        if "--debug" in words:
-            raise
-        print(f"tqcompress: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(app(words or ["--help"], standalone_mode=False, prog_name="tqcompress"))
+    except (TQCompressError, TyperException) as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"tqcompress: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except (Abort, KeyboardInterrupt):
+        sys.exit(130)
 
 
 def _progress() -> Progress:

@@ -4,7 +4,7 @@ Code `i` occupies bits `i*bits` to `(i+1)*bits - 1` of its row; bit `j` of a row
 `j // 8`. All arithmetic is in int32, which also exports to ONNX (its uint8 shifts do not).
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ def packed_size(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack integer codes `[..., count]`, each below `2**bits`, into uint8 `[..., packed_size]`."""
     count = codes.shape[-1]
-    size = packed_size(count, bits)
-    shifts = torch.arange(bits, dtype=torch.int32, device=codes.device)
-    stream = ((codes.to(torch.int32).unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, size * 8 - count * bits))
-    places = torch.arange(8, dtype=torch.int32, device=codes.device)
-    return (stream.unflatten(-1, (size, 8)) << places).sum(-1, dtype=torch.int32).to(torch.uint8)
+    groups = -(-count // 8)  # 8 codes fill `bits` whole bytes
+    codes = torch.nn.functional.pad(codes.to(torch.int32), (0, groups * 8 - count)).unflatten(-1, (groups, 8)).unbind(-1)
+    packed = []
+    for byte in range(bits):
+        first, last = byte * 8 // bits, (byte * 8 + 7) // bits  # the codes that have bits in this byte
+        parts = [_shifted(codes[i], i * bits - byte * 8) for i in range(first, last + 1)]
+        packed.append(reduce(torch.bitwise_or, parts) & 255)
+    return torch.stack(packed, -1).flatten(-2)[..., : packed_size(count, bits)].to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -35,6 +37,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if 8 % bits:  # a code may straddle two bytes
         low |= packed.index_select(-1, second).to(torch.int32) << 8
     return (low >> shift) & ((1 << bits) - 1)
+
+
+def _shifted(codes: Tensor, left: int) -> Tensor:
+    return codes << left if left >= 0 else codes >> -left
 
 
 @lru_cache(maxsize=64)

@@ -95,19 +95,19 @@ class Plugins:
     def _add(self, source: Source, load) -> None:
         """Load one plugin; a broken one is unregistered, recorded and named, never fatal."""
         self.sources.append(source)
-        before, plugin = self.registry.names(), None
+        before, name = self.registry.names(), f"{source.origin}:{source.name}"
         try:
             plugin = load()
-            self.manager.register(plugin, name=f"{source.origin}:{source.name}")
+            self.manager.register(plugin, name=name)
             self.manager.check_pending()
             if hasattr(plugin, "tqcompress_register"):
                 plugin.tqcompress_register(registry=self.registry)
             source.codecs = sorted(set(self.registry.names()) - set(before))
-        except Exception as error:  # a plugin may fail in any way; the program must go on without it
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; the program must go on without it
             source.error = f"{type(error).__name__}: {error}"
             self.registry.discard(sorted(set(self.registry.names()) - set(before)))
-            if plugin is not None and self.manager.is_registered(plugin):
-                self.manager.unregister(plugin)
+            if self.manager.has_plugin(name):  # by name: the same object may be registered under another one
+                self.manager.unregister(name=name)
 
 
 @cache

@@ -1,5 +1,6 @@
 """What the command line prints: rich tables of plans, measurements and plugins."""
 
+import math
 from itertools import groupby
 
 from rich.table import Table
@@ -13,15 +14,10 @@ from .registry import Source
 CONTEXTS = {8192: "8K", 131072: "128K", 1048576: "1M"}
 
 
-def size(nbytes: float) -> str:
+def readable_size(nbytes: float) -> str:
     """Bytes in the unit that keeps the number readable."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            break
-        nbytes, larger = nbytes / 1024, unit
-    else:
-        return f"{nbytes:,.2f} TiB"
-    return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.2f} {unit}"
+    power = min(int(math.log2(max(nbytes, 1)) / 10), 4)
+    return f"{nbytes / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def costs(plan: Plan) -> list[dict[str, float]]:
@@ -44,13 +40,13 @@ def costs(plan: Plan) -> list[dict[str, float]]:
 
 def cost_table(plan: Plan) -> Table:
     """The cache's cost at each context length."""
-    table = Table(title=f"KV cache of {plan.model.name}, everything counted (exact tokens at 16 bits)", title_justify="left")
+    table = Table(title=f"KV cache of {plan.model.name}; exact tokens at 16 bits", title_justify="left")
     for column in ("context", "bits a value", "bytes a token", "cache", "bf16 cache", "ratio"):
         table.add_column(column, justify="right")
     for row in costs(plan):
         table.add_row(
             CONTEXTS[row["tokens"]], f"{row['effective_bits']:.3f}", f"{row['bytes_per_token']:,.0f}",
-            size(row["nbytes"]), size(row["nbytes_bf16"]), f"{row['ratio_to_bf16']:.2f}x",
+            readable_size(row["nbytes"]), readable_size(row["nbytes_bf16"]), f"{row['ratio_to_bf16']:.2f}x",
         )  # fmt: skip
     return table
 
@@ -72,25 +68,31 @@ def quality_table(results: list[Quality], text: str) -> Table:
 
 
 def plan_table(compression: Compression) -> Table:
-    """What every layer and head gets; consecutive layers that get the same share a row."""
+    """What every layer and head gets; layers that get the same share a row."""
     plan = compression.plan
     table = Table(title=f"{compression.recipe.name} on {plan.model.name}", title_justify="left")
     for column in ("layers", "KV heads", "keys", "values", "bytes a token", "backend"):
-        table.add_column(column)
-    rows = [(index, row) for index in range(len(plan.model.layers)) for row in _layer_rows(compression, index)]
-    rows.sort(key=lambda item: (item[1][0], item[0]))  # a head group's rows lie together, layer by layer
-    ranges = []
-    for (heads, *rest), items in groupby(rows, key=lambda item: item[1]):
-        layers = [index for index, _ in items]
-        for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
-            run = [layer for _, layer in run]
-            ranges.append((run[0], f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), heads, rest))
-    for _, layers, heads, rest in sorted(ranges, key=lambda row: (row[0], row[2])):
-        table.add_row(layers, heads, *rest)
+        table.add_column(column, overflow="fold", justify="right" if column == "bytes a token" else "left")
+    layers_of: dict[tuple[str, ...], list[int]] = {}
+    for index in range(len(plan.model.layers)):
+        for row in _layer_rows(compression, index):
+            layers_of.setdefault(row, []).append(index)
+    for row, layers in sorted(layers_of.items(), key=lambda item: (item[1], item[0])):
+        table.add_row(_ranges(layers), *row)
+    backends = {group.backend for codecs in compression.layers.values() for group in codecs.groups}
+    table.caption = "; ".join(sorted(f"backend {backend.name}: {backend.reason}" for backend in backends))
     return table
 
 
+def _ranges(numbers: list[int]) -> str:
+    """0-3, 7 from [0, 1, 2, 3, 7]."""
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)
+
+
 def _layer_rows(compression: Compression, index: int) -> list[tuple[str, ...]]:
+    """KV heads, keys, values, bytes of a token and backend of each of a layer's groups."""
     plan = compression.plan
     shape = plan.model.layers[index]
     groups = plan.layer_groups(index)
@@ -101,8 +103,7 @@ def _layer_rows(compression: Compression, index: int) -> list[tuple[str, ...]]:
     for group, codecs in zip(groups, compression.layers[index].groups, strict=True):
         row = sum(plan.layout(group, side).nbytes_per_token for side in ("key", "value"))
         heads = "all" if len(group.heads) == shape.num_kv_heads else ", ".join(map(str, group.heads))
-        backend = f"{codecs.backend.name} ({codecs.backend.reason})"
-        rows.append((heads, describe(group.key), describe(group.value), f"{len(group.heads) * row:,.1f}", backend))
+        rows.append((heads, describe(group.key), describe(group.value), f"{len(group.heads) * row:,.1f}", codecs.backend.name))
     return rows
 
 

@@ -47,7 +47,8 @@ class _Setting:
             footprint(spec, shape)
         except RecipeError as error:
             key, _, message = str(error).partition(": ")
-            raise RecipeError(f"{source}: {paths.get(key, shape.side)}: {message or key}") from None
+            path = paths.get(key, f"{shape.side}.{key}" if message else shape.side)
+            raise RecipeError(f"{source}: {path}: {message or key}") from None
         except ValidationError as error:
             first = error.errors()[0]
             allowed = ["bits", "quantizer", *plugins().registry.codec(spec.quantizer).Options.model_fields]

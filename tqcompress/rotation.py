@@ -30,7 +30,8 @@ def hadamard(dim: int, device: torch.device = torch.device("cpu")) -> Tensor:
     # The product is reduced modulo m before the trigonometry: exact symmetry for every m.
     angle = 2 * math.pi * (torch.outer(index, index) % odd) / odd
     hartley = (angle.cos() + angle.sin()) / math.sqrt(odd)
-    return torch.kron(matrix, hartley).to(device, torch.float32)
+    with torch.inference_mode(False):  # cached for good: a tensor of inference mode could not serve autograd later
+        return torch.kron(matrix, hartley).to(device, torch.float32)
 
 
 def random_signs(dim: int, seed: int) -> Tensor:

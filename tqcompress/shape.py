@@ -1,6 +1,7 @@
 """What a plan must know of a model: its layers, KV heads and head sizes, read from the config alone."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class ModelShape:
         top = getattr(model_or_config, "config", model_or_config)
         dtype = getattr(model_or_config, "dtype", None) or torch.float32
         name = getattr(top, "_name_or_path", "") or top.model_type
+        name = Path(name).name if Path(name).is_dir() else name  # a machine's paths mean nothing elsewhere
         if top.is_encoder_decoder:
             raise ModelError(f"{name} ({top.model_type}) is an encoder-decoder; only decoder-only models are supported")
         config = top.get_text_config(decoder=True)

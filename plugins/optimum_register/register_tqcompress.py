@@ -4,9 +4,7 @@ optimum scans the namespace package `optimum.commands.register` for such files; 
 imports tqcompress only when its command is run.
 """
 
-import sys
-
-from optimum.commands import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class TQCompressCommand(BaseOptimumCLICommand):
@@ -16,14 +14,15 @@ class TQCompressCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser):
-        """Leave the arguments to tqcompress."""
-        parser.add_argument("arguments", nargs="...", help="as for the tqcompress command; try --help")
+        """Leave the arguments to tqcompress, --help too: to this parser nothing is an option."""
+        parser.prefix_chars = ""
+        parser.add_argument("arguments", nargs="...", help="as for the tqcompress command")
 
     def run(self):
         """Run the command with the words that followed `tqcompress`."""
         from tqcompress.cli import main
 
-        main(sys.argv[2:])
+        main(self.args.arguments)
 
 
 REGISTER_COMMANDS = [TQCompressCommand]

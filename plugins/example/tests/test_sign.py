@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import tqcompress
 from tqcompress_example.sign import Sign
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import tqcompress
 
 
 def build(bits=1, **options):

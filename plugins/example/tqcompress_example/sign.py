@@ -34,10 +34,8 @@ class Sign(Codec):
 
     def layout(self) -> Layout:
         """What is stored for each token of one head."""
-        return Layout({
-            "codes": Field(torch.uint8, packed_size(self.shape.head_dim, self.bits)),
-            "scale": Field(torch.float16, 1),
-        })
+        codes = Field(torch.uint8, packed_size(self.shape.head_dim, self.bits))
+        return Layout({"codes": codes, "scale": Field(torch.float16, 1)})
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Pack `x` `[batch, kv_heads, tokens, head_dim]` into the fields of the layout."""

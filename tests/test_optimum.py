@@ -1,0 +1,63 @@
+"""`optimum-cli tqcompress`, and the wheel that brings it."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from argparse import ArgumentParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Our own command makes the namespaces `optimum` and `optimum.commands` exist without optimum.
+OPTIMUM = find_spec("optimum.commands.optimum_cli") if find_spec("optimum") else None
+needs_optimum = pytest.mark.skipif(OPTIMUM is None, reason="optimum is not installed")
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
+
+
+@needs_optimum
+def test_optimum_cli_runs_our_commands():
+    listed = run("optimum.commands.optimum_cli", "tqcompress", "plugins")
+    assert listed.returncode == 0, listed.stderr
+    assert "turboquant" in listed.stdout
+
+
+@needs_optimum
+def test_options_reach_us_untouched(monkeypatch):
+    from optimum.commands.register.register_tqcompress import TQCompressCommand
+
+    seen = []
+    monkeypatch.setattr("tqcompress.cli.main", seen.append)
+    root = ArgumentParser("optimum-cli")
+    TQCompressCommand(root.add_subparsers())
+    for words in (
+        ["--help"],
+        ["-h"],
+        ["apply", "r.yaml", "--model", "llama", "--json=x", "--help"],
+        ["inspect", "a b"],
+        [],
+    ):
+        args = root.parse_args(["tqcompress", *words])
+        args.func(args).run()
+        assert seen.pop() == words
+
+
+def test_the_wheel_holds_every_part_and_nothing_of_optimum(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__", "tests")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)  # a build leaves files in its source
+    built = run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
+    assert built.returncode == 0, built.stderr
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    parts = {"tqcompress": "*.py", "tqcompress/data": "*.txt", "plugins": "*.py", "recipes": "*.yaml"}
+    for folder, pattern in parts.items():
+        target = folder if folder.startswith("tqcompress") else f"tqcompress/{folder}"
+        expected = {f"{target}/{file.name}" for file in (ROOT / folder).glob(pattern)}
+        assert expected and expected <= names
+    assert {name for name in names if name.startswith("optimum/")} == {
+        "optimum/commands/register/register_tqcompress.py"
+    }

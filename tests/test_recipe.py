@@ -1,0 +1,464 @@
+"""Recipes: every mistake gets a message of one line that says where, what was found and what is allowed."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tqcompress import Recipe, RecipeError, TensorSpec
+from tqcompress.plan import Plan
+from tqcompress.recipe import shipped_recipes
+from tqcompress.resolve import resolve
+from tqcompress.shape import LayerShape, ModelShape
+
+BASE = {"version": 1, "key": {"bits": 3}, "value": {"bits": 2}}
+SOURCE = "my.yaml"
+
+
+def shape(kinds: str = "ffffff", heads: int = 4, head_dim: int = 64) -> ModelShape:
+    """A model of full (f) and sliding (s) attention layers."""
+    layers = {
+        "f": LayerShape("full", 2 * heads, heads, head_dim),
+        "s": LayerShape("sliding", 2 * heads, heads, head_dim, 32),
+    }
+    return ModelShape("tiny", "llama", torch.bfloat16, tuple(layers[kind] for kind in kinds), "None")
+
+
+def plan_of(model: ModelShape | None = None, **changes) -> Plan:
+    """What BASE with some keys changed means for a model."""
+    return resolve(Recipe.parse(BASE | changes, SOURCE), model or shape(), SOURCE)
+
+
+def spec(plan: Plan, layer: int, head: int, side: str) -> TensorSpec | None:
+    """What one side of a head gets; None if its layer stays exact."""
+    for group in plan.layer_groups(layer):
+        if head in group.heads:
+            return getattr(group, side)
+    return None
+
+
+def bits(plan: Plan, side: str, head: int = 0) -> list:
+    """The bits of one head in every layer."""
+    specs = [spec(plan, layer, head, side) for layer in range(len(plan.model.layers))]
+    return [s and s.bits for s in specs]
+
+
+def check(message: str, source: str, *parts: str) -> None:
+    """One line that starts with the source and has every part."""
+    assert "\n" not in message
+    assert message.startswith(f"{source}: "), message
+    for part in parts:
+        assert part in message, (part, message)
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+TOP = "version, name, quantizer, key, value, keep, rules, center, balance, outliers, budget, calibration, tiers"
+RULE = "layers, heads, skip, quantizer, key, value"
+TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, levels, scale"
+SIXTEEN = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one is not the first
+
+# Changes to BASE, then what the message must contain: path, what was found, what is allowed.
+WRONG = {
+    "unknown_top": ({"bit": 3}, "bit: unknown key", f"allowed: {TOP}"),
+    "unknown_nested": ({"keep": {"sink": 4}}, "keep.sink: unknown key", "allowed: sinks, window"),
+    "unknown_in_rule": ({"rules": [*SIXTEEN, {"layer": 1}]}, "rules[1].layer: unknown key", f"allowed: {RULE}"),
+    "unknown_in_key": ({"key": {"bits": 3, "rotate": 1}}, "key.rotate: unknown key", TURBOQUANT),
+    "unknown_in_value": ({"value": {"bits": 3, "rotate": 1}}, "value.rotate: unknown key", TURBOQUANT),
+    "unknown_in_rules_value": (
+        {"rules": [*SIXTEEN, {"value": {"bitz": 3}}]},
+        "rules[1].value.bitz: unknown key",
+        TURBOQUANT,
+    ),
+    "key_is_no_string": ({3: 4}, "[3]: found 3", "strings"),
+    "missing_version": ({"version": None}, "version: found None", "allowed: 1"),
+    "wrong_version": ({"version": 2}, "version: found 2", "allowed: 1"),
+    "version_as_text": ({"version": "1"}, "version: found '1'", "allowed: 1"),
+    "side_is_a_number": ({"key": 3}, "key: found 3", "a valid dictionary"),
+    "bits_as_text": ({"key": {"bits": "3"}}, "key.bits: found '3'", "a valid integer"),
+    "bits_as_bool": ({"key": {"bits": True}}, "key.bits: found True", "a valid integer"),
+    "bits_zero": ({"key": {"bits": 0}}, "key.bits: found 0", "greater than 0"),
+    "bits_negative_in_rule": ({"rules": [{"key": {"bits": -1}}]}, "rules[0].key.bits: found -1", "greater than 0"),
+    "bits_nan": ({"key": {"bits": float("nan")}}, "key.bits: found nan", "greater than 0"),
+    "bits_missing": ({"value": {}}, "value.bits: missing"),
+    "window_as_text": ({"keep": {"window": "long"}}, "keep.window: found 'long'", "a valid integer"),
+    "window_negative": ({"keep": {"window": -1}}, "keep.window: found -1", "greater than or equal to 0"),
+    "sinks_half": ({"keep": {"sinks": 1.5}}, "keep.sinks: found 1.5", "integer"),
+    "name_is_a_number": ({"name": 3}, "name: found 3", "a valid string"),
+    "rules_are_a_mapping": ({"rules": {"layers": 0}}, "rules: found {'layers': 0}", "a valid list"),
+    "rule_is_a_number": ({"rules": [7]}, "rules[0]: found 7", "a valid dictionary"),
+    "skip_as_text": ({"rules": [{"skip": "yes"}]}, "rules[0].skip: found 'yes'", "a valid boolean"),
+    "option_of_the_wrong_type": ({"key": {"bits": 3, "seed": "x"}}, "key.seed: found 'x'", "a valid integer"),
+    "option_not_in_the_list": (
+        {"key": {"bits": 3, "rotation": "fft"}},
+        "key.rotation: found 'fft'",
+        "'hadamard', 'dense' or 'identity'",
+    ),
+    "layer_too_big": ({"rules": [{"layers": 6, "skip": True}]}, "rules[0].layers: found 6", "layers 0 to 5"),
+    "layer_too_negative": ({"rules": [{"layers": -7, "skip": True}]}, "rules[0].layers: found -7", "-6 to -1"),
+    "layer_in_a_list": ({"rules": [{"layers": [0, 6], "skip": True}]}, "rules[0].layers[1]: found 6", "0 to 5"),
+    "layer_as_text": ({"rules": [{"layers": "6", "skip": True}]}, "rules[0].layers: found 6", "layers 0 to 5"),
+    "layer_as_bool": ({"rules": [{"layers": True, "skip": True}]}, "rules[0].layers: found True", "allowed: "),
+    "layers_misspelt": ({"rules": [{"layers": "last", "skip": True}]}, "rules[0].layers: found 'last'", "odd|even"),
+    "range_too_long": ({"rules": [{"layers": "4-6", "skip": True}]}, "rules[0].layers: found '4-6'", "within 0-5"),
+    "range_backwards": ({"rules": [{"layers": "4-2", "skip": True}]}, "rules[0].layers: found '4-2'", "first <= last"),
+    "range_negative": ({"rules": [{"layers": "-3--1", "skip": True}]}, "rules[0].layers: found '-3--1'", "allowed: "),
+    "head_too_big": ({"rules": [{"heads": 4, "key": {"bits": 4}}]}, "rules[0].heads: found 4", "KV heads 0 to 3"),
+    "head_in_a_list": ({"rules": [{"heads": [0, 9], "skip": True}]}, "rules[0].heads: found 9", "KV heads 0 to 3"),
+    "head_negative": ({"rules": [{"heads": -1, "skip": True}]}, "rules[0].heads: found -1", "greater than or equal to 0"),
+    "quantizer_unknown": ({"quantizer": "turbo"}, "quantizer: found 'turbo'", "affine, exact, turboquant"),
+    "quantizer_unknown_in_key": (
+        {"key": {"bits": 3, "quantizer": "turbo"}},
+        "key.quantizer: found 'turbo'",
+        "affine, exact, turboquant",
+    ),
+    "quantizer_unknown_in_rule": (
+        {"rules": [*SIXTEEN, {"quantizer": "turbo"}]},
+        "rules[1].quantizer: found 'turbo'",
+        "affine, exact, turboquant",
+    ),
+    "quantizer_unknown_in_rules_value": (
+        {"rules": [{"value": {"quantizer": "turbo"}}]},
+        "rules[0].value.quantizer: found 'turbo'",
+        "affine, exact, turboquant",
+    ),
+    "bits_unsupported": ({"key": {"bits": 9}}, "key.bits: found 9", "turboquant supports 1, 2, 3, 4, 5, 6, 7, 8"),
+    "bits_fractional": ({"value": {"bits": 2.5}}, "value.bits: found 2.5", "supports 1, 2"),
+    "bits_unsupported_in_rule": (
+        {"rules": [*SIXTEEN, {"layers": -1, "value": {"bits": 9}}]},
+        "rules[1].value.bits: found 9",
+        "turboquant supports",
+    ),
+    "bits_unsupported_after_a_change_of_quantizer": (
+        {"rules": [{"layers": -1, "quantizer": "exact"}]},
+        "key.bits: found 3",
+        "exact supports 16, 32",
+    ),
+    "options_of_another_quantizer": (
+        {"value": {"bits": 2, "group": 32}},
+        "value.group: unknown key",
+        TURBOQUANT,
+    ),
+    "options_of_another_quantizer_in_rule": (
+        {"rules": [{"quantizer": "affine", "key": {"seed": 1}}]},
+        "rules[0].key.seed: unknown key",
+        "affine allows bits, quantizer, group",
+    ),
+    "option_default_that_does_not_fit": (
+        {"quantizer": "affine", "value": {"bits": 2, "group": 48}},
+        "value.group: found 48",
+        "[1, 2, 4, 8, 16, 32, 64]",
+    ),
+    "e4m3_of_too_many_bits": (
+        {"key": {"bits": 8, "levels": "e4m3"}},
+        "key.levels: found 'e4m3'",
+        "too few numbers",
+    ),
+    "skip_and_key": ({"rules": [{"skip": True, "key": {"bits": 4}}]}, "rules[0]: skip: true contradicts", "key"),
+    "skip_and_quantizer": ({"rules": [{"skip": True, "quantizer": "affine"}]}, "rules[0]: skip: true contradicts"),
+    "empty_rule": ({"rules": [*SIXTEEN, {}]}, "rules[1]: the rule changes nothing", "skip: true, quantizer, key or value"),
+    "rule_without_effect": ({"rules": [{"layers": 0, "heads": 1}]}, "rules[0]: the rule changes nothing"),
+    "no_skip": ({"rules": [{"layers": 0, "skip": False}]}, "rules[0]: the rule changes nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "parts"), [(c, p) for c, *p in WRONG.values()], ids=WRONG)
+def test_mistakes(changes, parts):
+    with pytest.raises(RecipeError) as error:
+        plan_of(**{}, **changes) if all(isinstance(key, str) for key in changes) else Recipe.parse(
+            BASE | changes, SOURCE
+        )
+    check(str(error.value), SOURCE, *parts)
+
+
+UNFINISHED = {
+    "center": {"key": True},
+    "balance": "key",
+    "outliers": {"channels": 32, "bits": 4},
+    "budget": {"bits": 2.5},
+    "calibration": {"text": "a.txt"},
+    "tiers": [{"after": 8192, "key": {"bits": 2}, "value": {"bits": 2}}],
+}
+
+
+@pytest.mark.parametrize("key", UNFINISHED)
+def test_keys_that_are_not_implemented_are_refused_and_never_ignored(key):
+    with pytest.raises(RecipeError) as error:
+        plan_of(**{key: UNFINISHED[key]})
+    check(str(error.value), SOURCE, f"{key} is part of the schema but not implemented")
+
+
+def test_several_mistakes_are_all_told_in_one_line():
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse({"version": 2, "key": {"bits": 3}, "nam": "x\ny"}, SOURCE)
+    check(str(error.value), SOURCE, "version: found 2", "value: missing", "nam: unknown key")
+
+
+def test_an_option_default_that_does_not_fit_names_the_option():
+    """The user did not write `group`, so its path is where it would have to be written."""
+    with pytest.raises(RecipeError) as error:
+        plan_of(shape(head_dim=80), quantizer="affine")
+    check(str(error.value), SOURCE, "value.group: found 32", "[1, 2, 4, 5, 8, 10, 16, 20, 40, 80]")
+
+
+def test_a_rule_for_a_layer_that_stays_exact_is_refused():
+    with pytest.raises(RecipeError) as error:
+        plan_of(shape("sfsf"), rules=[{"layers": 2, "key": {"bits": 4}}])
+    check(str(error.value), SOURCE, "rules[0].layers", "layer 2 is sliding", "[1, 3]")
+    # Skipping it, or selecting it along with others, asks for nothing impossible.
+    plan = plan_of(shape("sfsf"), rules=[{"layers": 2, "skip": True}, {"layers": "even", "key": {"bits": 4}}])
+    assert bits(plan, "key") == [None, 3, None, 3]
+
+
+# ------------------------------------------------------------------------------------------------- the file
+
+
+def load_text(tmp_path, text: str | bytes):
+    """Load a recipe file; returns the path and the error message, or the recipe."""
+    path = tmp_path / "my.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    try:
+        return str(path), Recipe.load(path)
+    except RecipeError as error:
+        return str(path), str(error)
+
+
+BAD_FILES = {
+    "not_yaml": ("version: 1\nkey: {bits: 3\n", ["not valid YAML", "line 3"]),
+    "tab": ("version: 1\nkey:\n\tbits: 3\n", ["not valid YAML", "line 3"]),
+    "not_text": (b"\x00\xff\xfe", ["not valid YAML"]),
+    "duplicate_key": ("version: 1\nkey: {bits: 3}\nkey: {bits: 2}\n", ["key 'key' is given twice", "line 3"]),
+    "duplicate_nested": ("version: 1\nkey: {bits: 3, bits: 2}\n", ["key 'bits' is given twice", "line 2"]),
+    "duplicate_in_rule": ("rules:\n- {layers: 0, layers: 1}\n", ["key 'layers' is given twice", "line 2"]),
+    "list_as_key": ("? [a, b]\n: 1\n", ["not valid YAML", "line 1"]),
+    "object": ("!!python/object/apply:os.getcwd []\n", ["not valid YAML", "python/object"]),
+    "empty": ("", ["the recipe: found None"]),
+    "list": ("- version: 1\n", ["the recipe: found [{'version': 1}]"]),
+    "text": ("balanced\n", ["the recipe: found 'balanced'"]),
+    "two_documents": ("version: 1\n---\nversion: 1\n", ["not valid YAML"]),
+    "schema": ("version: 1\nkey: {bits: 3}\nvalue: {bits: 2}\nkeep: {sink: 1}\n", ["keep.sink: unknown key"]),
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files(tmp_path, text, parts):
+    path, message = load_text(tmp_path, text)
+    assert isinstance(message, str)
+    check(message, path, *parts)
+
+
+def test_a_good_file(tmp_path):
+    _, recipe = load_text(
+        tmp_path, "version: 1\nkey: {bits: 3, seed: 5}\nvalue: {bits: 2}\nrules:\n- {layers: 0-1, skip: true}\n"
+    )
+    assert recipe == Recipe.parse(
+        {"version": 1, "key": {"bits": 3, "seed": 5}, "value": {"bits": 2}, "rules": [{"layers": "0-1", "skip": True}]}
+    )
+    assert recipe.key.options == {"seed": 5}
+    assert (recipe.keep.sinks, recipe.keep.window, recipe.quantizer) == (4, 128, "turboquant")
+
+
+@pytest.mark.parametrize("name", ["no_such_recipe", "no/such/recipe.yaml", "../recipes/balanced"])
+def test_missing_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as error:
+        Recipe.load(name)
+    check(str(error.value), name, "no such file", *shipped_recipes())
+
+
+def test_a_directory_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="no such file"):
+        Recipe.load(tmp_path)
+
+
+def test_a_recipe_or_plain_data_can_be_given_instead():
+    recipe = Recipe.load(BASE)
+    assert Recipe.load(recipe) is recipe
+    with pytest.raises(RecipeError, match=r"^recipe: foo: unknown key"):
+        Recipe.load(BASE | {"foo": 1})
+
+
+def test_shipped_recipes_resolve():
+    assert shipped_recipes()
+    for name in shipped_recipes():
+        recipe = Recipe.load(name)
+        assert resolve(recipe, shape("f" * 32)).groups
+        assert Recipe.parse(yaml.safe_load(recipe.dump())) == recipe
+
+
+# ---------------------------------------------------------------------------------------------- round trip
+
+scalars = st.one_of(st.integers(-9, 9), st.booleans(), st.floats(allow_nan=False), st.text(max_size=8))
+option_names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True).filter(lambda name: name not in ("bits", "quantizer"))
+sides = st.builds(
+    dict,
+    st.dictionaries(option_names, scalars, max_size=2),
+    bits=st.one_of(st.integers(1, 8), st.floats(0.5, 8)),
+)
+selectors = st.one_of(
+    st.integers(-4, 9), st.sampled_from(["all", "odd", "even", "0-3", "07", "-1", "8"]), st.just("10-12")
+)
+changes = st.fixed_dictionaries(
+    {}, optional={"key": sides, "value": sides, "quantizer": st.text(min_size=1, max_size=8)}
+)
+rules = st.builds(
+    lambda layers, heads, change: {"layers": layers} | ({} if heads is None else {"heads": heads}) | change,
+    st.one_of(selectors, st.lists(selectors, min_size=1, max_size=3)),
+    st.one_of(st.none(), st.integers(0, 7), st.lists(st.integers(0, 7), max_size=3)),
+    st.one_of(st.just({"skip": True}), changes.filter(bool)),
+)
+recipes = st.fixed_dictionaries(
+    {"version": st.just(1), "key": sides, "value": sides},
+    optional={
+        "name": st.text(max_size=10),
+        "quantizer": st.text(max_size=8),
+        "keep": st.fixed_dictionaries({}, optional={"sinks": st.integers(0, 9), "window": st.integers(0, 999)}),
+        "rules": st.lists(rules, max_size=3),
+    },
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(recipes)
+def test_dump_loads_to_an_equal_recipe(tmp_path_factory, data):
+    recipe = Recipe.parse(data)
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(recipe.dump(), encoding="utf-8")
+    loaded = Recipe.load(path)
+    assert loaded == recipe
+    # 1 == True == 1.0 in Python: compare what was written too.
+    assert loaded.dump() == recipe.dump()
+
+
+def test_dump_is_short_and_says_the_version():
+    text = Recipe.parse(BASE).dump()
+    assert yaml.safe_load(text) == BASE
+    assert re.search(r"^version: 1$", text, re.MULTILINE)
+
+
+# --------------------------------------------------------------------------------------------------- rules
+
+SELECTORS = {
+    "int": (1, [1]),
+    "negative": (-1, [5]),
+    "most_negative": (-6, [0]),
+    "text": ("2", [2]),
+    "negative_text": ("-2", [4]),
+    "range": ("1-3", [1, 2, 3]),
+    "range_of_one": ("3-3", [3]),
+    "odd": ("odd", [1, 3, 5]),
+    "even": ("even", [0, 2, 4]),
+    "all": ("all", [0, 1, 2, 3, 4, 5]),
+    "list": ([0, -1, "2-3"], [0, 2, 3, 5]),
+}
+
+
+@pytest.mark.parametrize(("selector", "layers"), SELECTORS.values(), ids=SELECTORS)
+def test_layer_selectors(selector, layers):
+    plan = plan_of(rules=[{"layers": selector, "key": {"bits": 4}}])
+    assert bits(plan, "key") == [4 if layer in layers else 3 for layer in range(6)]
+    assert bits(plan, "value") == [2] * 6
+
+
+def test_a_rule_without_layers_covers_all():
+    assert bits(plan_of(rules=[{"key": {"bits": 5}}]), "key") == [5] * 6
+
+
+@pytest.mark.parametrize(("heads", "changed"), [(2, [2]), ([0, 3], [0, 3])])
+def test_heads(heads, changed):
+    plan = plan_of(rules=[{"layers": 1, "heads": heads, "value": {"bits": 4}}])
+    assert [spec(plan, 1, head, "value").bits for head in range(4)] == [4 if h in changed else 2 for h in range(4)]
+    assert {spec(plan, 0, head, "value").bits for head in range(4)} == {2}
+
+
+def test_keys_and_values_apart():
+    plan = plan_of(
+        rules=[{"layers": 0, "key": {"bits": 4}}, {"layers": 1, "value": {"bits": 4}}],
+    )
+    assert bits(plan, "key") == [4, 3, 3, 3, 3, 3]
+    assert bits(plan, "value") == [2, 4, 2, 2, 2, 2]
+
+
+def test_later_rules_win():
+    plan = plan_of(
+        rules=[
+            {"layers": "0-3", "key": {"bits": 4}},
+            {"layers": "2-5", "key": {"bits": 5}},
+            {"layers": 3, "heads": 1, "key": {"bits": 6}},
+        ]
+    )
+    assert bits(plan, "key") == [4, 4, 5, 5, 5, 5]
+    assert bits(plan, "key", head=1) == [4, 4, 5, 6, 5, 5]
+
+
+def test_rules_change_only_the_keys_they_give():
+    plan = plan_of(key={"bits": 3, "seed": 7, "rotation": "dense"}, rules=[{"layers": 0, "key": {"seed": 8}}])
+    assert spec(plan, 0, 0, "key") == TensorSpec("turboquant", 3, {"seed": 8, "rotation": "dense"})
+    assert spec(plan, 1, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7, "rotation": "dense"})
+
+
+def test_skipped_layers_stay_exact_and_say_why():
+    plan = plan_of(rules=[{"layers": 1, "key": {"bits": 4}}, {"layers": [0, -1], "skip": True}])
+    assert bits(plan, "key") == [None, 4, 3, 3, 3, None]
+    assert plan.exact == {0: "skipped by rules[1]", 5: "skipped by rules[1]"}
+
+
+def test_a_later_rule_brings_a_skipped_layer_back():
+    plan = plan_of(rules=[{"layers": "0-2", "skip": True}, {"layers": 1, "key": {"bits": 4}}])
+    assert bits(plan, "key") == [None, 4, None, 3, 3, 3]
+
+
+def test_skipped_heads_become_an_exact_group():
+    plan = plan_of(rules=[{"layers": 0, "heads": 1, "skip": True}, {"layers": 0, "heads": 3, "skip": True}])
+    groups = {group.heads: group for group in plan.layer_groups(0)}
+    assert groups.keys() == {(0, 2), (1, 3)}
+    assert groups[1, 3].key == groups[1, 3].value == TensorSpec("exact", 16)  # bfloat16
+    assert 0 not in plan.exact
+
+
+def test_skipping_all_heads_one_by_one_is_skipping_the_layer():
+    plan = plan_of(rules=[{"layers": 0, "heads": [0, 1, 2], "skip": True}, {"layers": 0, "heads": 3, "skip": True}])
+    assert plan.layer_groups(0) == []
+    assert 0 in plan.exact
+
+
+def test_skipping_everything_is_refused():
+    with pytest.raises(ValueError, match=r"tiny: nothing to compress.*skipped by rules\[0\]"):
+        plan_of(rules=[{"skip": True}])
+
+
+def test_another_quantizer_drops_the_old_ones_options_but_keeps_bits():
+    plan = plan_of(
+        key={"bits": 3, "seed": 7, "rotation": "dense"},
+        rules=[{"layers": 0, "quantizer": "affine"}, {"layers": 1, "key": {"quantizer": "affine", "group": 16}}],
+    )
+    assert spec(plan, 0, 0, "key") == TensorSpec("affine", 3)
+    assert spec(plan, 0, 0, "value") == TensorSpec("affine", 2)
+    assert spec(plan, 1, 0, "key") == TensorSpec("affine", 3, {"group": 16})
+    assert spec(plan, 1, 0, "value") == TensorSpec("turboquant", 2)
+    assert spec(plan, 2, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7, "rotation": "dense"})
+
+
+def test_naming_the_same_quantizer_again_keeps_its_options():
+    plan = plan_of(key={"bits": 3, "seed": 7}, rules=[{"layers": 0, "quantizer": "turboquant"}])
+    assert spec(plan, 0, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7})
+
+
+def test_a_sides_own_quantizer_beats_that_of_the_rule_and_of_the_recipe():
+    plan = plan_of(
+        quantizer="affine",
+        key={"bits": 3, "quantizer": "turboquant", "seed": 7},
+        rules=[{"layers": 0, "quantizer": "turboquant", "value": {"quantizer": "exact", "bits": 16}}],
+    )
+    assert spec(plan, 1, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7})
+    assert spec(plan, 1, 0, "value") == TensorSpec("affine", 2)
+    assert spec(plan, 0, 0, "value") == TensorSpec("exact", 16)
+    assert spec(plan, 0, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7})
+
+
+def test_keep_reaches_the_plan():
+    plan = plan_of(keep={"sinks": 2, "window": 7})
+    assert (plan.sinks, plan.window) == (2, 7)
