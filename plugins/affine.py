@@ -30,7 +30,9 @@ class Affine(Codec):
         self.per_channel = shape.side == "key"
         if not self.per_channel and shape.head_dim % self.group:
             divisors = [n for n in range(1, shape.head_dim + 1) if shape.head_dim % n == 0]
-            raise RecipeError(f"group: found {self.group}; for values of head_dim {shape.head_dim} use one of {divisors}")
+            raise RecipeError(
+                f"group: found {self.group}; for values of head_dim {shape.head_dim} use one of {divisors}"
+            )
 
     def layout(self) -> Layout:
         """Keys: one row of steps for every `group` tokens; values: head_dim / group steps a token."""

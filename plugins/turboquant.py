@@ -49,10 +49,12 @@ class TurboQuant(Codec):
     def layout(self) -> Layout:
         """Packed codes and one scale for each token."""
         scale = torch.float16 if self.options.scale == "fp16" else torch.uint8
-        return Layout({
-            "codes": Field(torch.uint8, packed_size(self.shape.head_dim, self.bits)),
-            "scale": Field(scale, 1),
-        })
+        return Layout(
+            {
+                "codes": Field(torch.uint8, packed_size(self.shape.head_dim, self.bits)),
+                "scale": Field(scale, 1),
+            }
+        )
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Rotate, scale to unit variance a coordinate, take the nearest level, correct the norm."""

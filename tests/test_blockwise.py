@@ -106,7 +106,7 @@ sizes = {
 }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     specs=st.tuples(st.sampled_from(SPECS), st.sampled_from(SPECS)),
     sinks=st.integers(0, 5),
@@ -129,7 +129,7 @@ def test_attend(
     check(output, lse, query, key, value, mask, scaling, softcap)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 50), **sizes)
 def test_attend_exact(tokens, batch, heads, share, queries, dim, mask, softcap, workspace, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -1,19 +1,18 @@
 """tqcompress: the KV cache of transformer language models in 1-4 bits a value.
 
-    plan = tqcompress.apply(model, "balanced")   # from now on model.generate() uses a compressed cache
-    tqcompress.save(model, "out")                # AutoModelForCausalLM.from_pretrained("out") brings it back
-    tqcompress.remove(model)
+plan = tqcompress.apply(model, "balanced")   # from now on model.generate() uses a compressed cache
+tqcompress.save(model, "out")                # AutoModelForCausalLM.from_pretrained("out") brings it back
+tqcompress.remove(model)
 """
 
-__version__ = "0.1.0"
-
+from .api import apply, load, remove, save
+from .cache import Backend
 from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec
 from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
+from .hf import TQCompressConfig
 from .hookspecs import hookimpl
 from .recipe import Recipe
-from .api import apply, load, remove, save  # isort: skip  (needs __version__)
-from .cache import Backend
-from .hf import TQCompressConfig
+from .version import __version__
 
 __all__ = [
     "ArtifactError",
@@ -31,6 +30,7 @@ __all__ = [
     "TQCompressConfig",
     "TQCompressError",
     "TensorSpec",
+    "__version__",
     "apply",
     "hookimpl",
     "load",

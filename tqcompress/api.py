@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from . import artifacts, attention, blockwise
 from .cache import Backend, CompressedLayer, GroupCodecs, LayerCodecs
 from .errors import ModelError
-from .plan import Plan, build_codec
+from .plan import SIDES, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
 from .resolve import resolve
@@ -35,10 +35,10 @@ class Compression(nn.Module):
         for index, shape in enumerate(plan.model.layers):
             groups = []
             for j, group in enumerate(plan.layer_groups(index)):
-                pair = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in ("key", "value")}
-                pair = nn.ModuleDict(pair).to(devices.get(index, "cpu"))
-                self.codecs[f"{index}-{j}"] = pair
-                backend = _backend(group, pair, devices.get(index, torch.device("cpu")))
+                device = devices.get(index, torch.device("cpu"))
+                sides = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES}
+                pair = self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
+                backend = _backend(group, pair, device)
                 groups.append(GroupCodecs(group.heads, pair["key"], pair["value"], backend))
             if groups:
                 self.layers[index] = LayerCodecs(
@@ -62,7 +62,7 @@ class Compression(nn.Module):
         self.previous_attention = model.config._attn_implementation
         decoder = model.get_decoder()
         parameters = list(inspect.signature(decoder.forward).parameters)
-        if not hasattr(decoder, "layers") and not hasattr(decoder, "h") or "past_key_values" not in parameters:
+        if "past_key_values" not in parameters:
             raise ModelError(f"{type(decoder).__name__} takes no past_key_values; tqcompress cannot give it a cache")
         if not model._can_set_attn_implementation():
             raise ModelError(

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from . import __version__
 from .errors import ArtifactError, TQCompressError
 from .plan import Plan
 from .recipe import Recipe
 from .shape import LayerShape, ModelShape
+from .version import __version__
 
 FILE_NAME = "tqcompress.safetensors"
 FORMAT, FORMAT_VERSION = "tqcompress", 1

@@ -72,7 +72,7 @@ class _Scores:
         self.first_query = tokens - queries  # its position, for the causal rule
 
     def __call__(self, query: Tensor, key: Tensor, start: int) -> Tensor:
-        """`[batch, kv_heads, share, queries, block]` from query `[..., share, queries, d]` and key `[..., block, d]`."""
+        """`[batch, kv_heads, share, queries, block]` for a query `[.., share, queries, d]` and keys `[.., block, d]`."""
         scores = torch.matmul(query.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, query.shape[2:4]) * self.scaling
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)

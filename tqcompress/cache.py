@@ -134,10 +134,14 @@ class CompressedLayer(DynamicLayer):
         capacity = max(0, (self.max_tokens or 0) - self.codecs.sinks)
         self.stores = []
         for group in self.codecs.groups:
-            self.stores.append(tuple(
-                TokenStore(codec.to(self.device).layout(), key_states.shape[0], len(group.heads), self.device, capacity)
-                for codec in (group.key, group.value)
-            ))
+            self.stores.append(
+                tuple(
+                    TokenStore(
+                        codec.to(self.device).layout(), key_states.shape[0], len(group.heads), self.device, capacity
+                    )
+                    for codec in (group.key, group.value)
+                )
+            )
         self.is_initialized = True
 
     @torch.compiler.disable  # Python-side lengths; generate() runs this layer eagerly

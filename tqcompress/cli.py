@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.exceptions import Abort, TyperException
 
-from . import __version__, api, report
+from . import api, report
 from .artifacts import FILE_NAME, read
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
@@ -24,6 +24,7 @@ from .recipe import Recipe, shipped_recipes
 from .registry import plugins
 from .resolve import resolve
 from .texts import SHIPPED, load_text
+from .version import __version__
 
 app = typer.Typer(pretty_exceptions_enable=False)
 console = Console()
@@ -96,7 +97,9 @@ def apply(
 
     console.print(report.cost_table(compression.plan))
     console.print(report.quality_table([quality], text))
-    samples = Table(title=f"after a prompt of {inputs.input_ids.shape[1]} tokens", title_justify="left", show_lines=True)
+    samples = Table(
+        title=f"after a prompt of {inputs.input_ids.shape[1]} tokens", title_justify="left", show_lines=True
+    )
     samples.add_column("uncompressed", ratio=1)
     samples.add_column(name, ratio=1)
     samples.add_row(escape(before), escape(after))
@@ -161,7 +164,9 @@ def inspect(
         compression = api.Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
         artifact.restore(compression.state())
     elif model is None:
-        raise TQCompressError(f"{what}: a recipe is inspected against a model, give --model; a saved directory needs none")
+        raise TQCompressError(
+            f"{what}: a recipe is inspected against a model, give --model; a saved directory needs none"
+        )
     else:
         recipe = Recipe.load(what)
         compression = api.Compression(recipe, resolve(recipe, load_shape(model), what), {})
@@ -224,7 +229,9 @@ def _prompt(tokenizer: Any, prompt: str | None) -> Any:
 
 
 def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 

@@ -6,7 +6,7 @@ the unit Gaussian.
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from scipy import optimize, special
@@ -61,7 +61,7 @@ def distortion(levels: np.ndarray, dim: int | None) -> float:
     return float(1 + 2 * np.sum(half * half * probability - 2 * half * mean))
 
 
-@lru_cache(maxsize=None)
+@cache
 def lloyd_max(bits: int, dim: int | None) -> np.ndarray:
     """The `2**bits` optimal levels, ascending and symmetric, for a coordinate scaled to unit variance."""
     law = SphereCoordinate(dim)
@@ -86,7 +86,7 @@ def lloyd_max(bits: int, dim: int | None) -> np.ndarray:
     return np.concatenate([-half[::-1], half])
 
 
-@lru_cache(maxsize=None)
+@cache
 def e4m3_levels(bits: int, dim: int | None) -> np.ndarray:
     """Lloyd-Max levels moved to multiples of the fp8 e4m3 grid: `levels * scale` are e4m3 numbers.
 

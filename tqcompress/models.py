@@ -50,7 +50,9 @@ def find_model(name: str) -> ModelSource:
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{name}: the directory holds no config.json; name a .gguf file in it, or another directory")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"{name}: no such directory; give a hub id, a directory, a .gguf file, or {', '.join(ALIASES)}")
+        raise ModelError(
+            f"{name}: no such directory; give a hub id, a directory, a .gguf file, or {', '.join(ALIASES)}"
+        )
     return ModelSource(name)
 
 
@@ -98,7 +100,9 @@ def _find_alias(name: str, alias: Alias) -> ModelSource:
         return ModelSource(alias.hub_id)
     folder = Path(spec.origin).parent
     if not (folder / alias.file).is_file():
-        raise ModelError(f"{name}: the package {alias.package} holds no {alias.file}; install the extra tqcompress[demo]")
+        raise ModelError(
+            f"{name}: the package {alias.package} holds no {alias.file}; install the extra tqcompress[demo]"
+        )
     _convert(folder, alias.file, converted)
     return ModelSource(str(converted))
 

@@ -19,7 +19,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack integer codes `[..., count]`, each below `2**bits`, into uint8 `[..., packed_size]`."""
     count = codes.shape[-1]
     groups = -(-count // 8)  # 8 codes fill `bits` whole bytes
-    codes = torch.nn.functional.pad(codes.to(torch.int32), (0, groups * 8 - count)).unflatten(-1, (groups, 8)).unbind(-1)
+    codes = (
+        torch.nn.functional.pad(codes.to(torch.int32), (0, groups * 8 - count)).unflatten(-1, (groups, 8)).unbind(-1)
+    )
     packed = []
     for byte in range(bits):
         first, last = byte * 8 // bits, (byte * 8 + 7) // bits  # the codes that have bits in this byte

@@ -13,6 +13,7 @@ from .registry import plugins
 from .shape import ModelShape
 
 Side = Literal["key", "value"]
+SIDES: tuple[Side, ...] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ class Plan:
 
     def block(self, layer: int) -> int:
         """Tokens of this layer that leave the window together: the least that every codec can encode."""
-        sides = ("key", "value")
-        return math.lcm(*(self.layout(group, side).block for group in self.layer_groups(layer) for side in sides))
+        return math.lcm(*(self.layout(group, side).block for group in self.layer_groups(layer) for side in SIDES))
 
     def packed_tokens(self, layer: int, tokens: int) -> int:
         """Tokens held packed when the newest of `tokens` attends: all but sinks, window and itself."""
@@ -92,7 +92,7 @@ class Plan:
             packed = self.packed_tokens(index, tokens)
             total += batch * (tokens - packed) * layer.values_per_token * width
             for group in groups:
-                for side in ("key", "value"):
+                for side in SIDES:
                     layout, state = footprint(getattr(group, side), self.head_shape(group, side))
                     total += state + batch * len(group.heads) * round(packed * layout.nbytes_per_token)
         return total

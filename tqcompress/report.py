@@ -8,7 +8,7 @@ from rich.table import Table
 from .api import Compression
 from .codec import TensorSpec
 from .evaluate import Quality
-from .plan import Plan
+from .plan import SIDES, Plan
 from .registry import Source
 
 CONTEXTS = {8192: "8K", 131072: "128K", 1048576: "1M"}
@@ -27,14 +27,16 @@ def costs(plan: Plan) -> list[dict[str, float]]:
         bits = plan.effective_bits(tokens)
         dense = plan.dense_nbytes(tokens)
         nbytes = round(dense * bits / 16)
-        rows.append({
-            "tokens": tokens,
-            "effective_bits": bits,
-            "bytes_per_token": nbytes / tokens,
-            "ratio_to_bf16": dense / nbytes,
-            "nbytes": nbytes,
-            "nbytes_bf16": dense,
-        })
+        rows.append(
+            {
+                "tokens": tokens,
+                "effective_bits": bits,
+                "bytes_per_token": nbytes / tokens,
+                "ratio_to_bf16": dense / nbytes,
+                "nbytes": nbytes,
+                "nbytes_bf16": dense,
+            }
+        )
     return rows
 
 
@@ -101,9 +103,10 @@ def _layer_rows(compression: Compression, index: int) -> list[tuple[str, ...]]:
         return [("all", f"exact: {plan.exact[index]}", "", f"{nbytes:,.1f}", "transformers")]
     rows = []
     for group, codecs in zip(groups, compression.layers[index].groups, strict=True):
-        row = sum(plan.layout(group, side).nbytes_per_token for side in ("key", "value"))
+        row = sum(plan.layout(group, side).nbytes_per_token for side in SIDES)
         heads = "all" if len(group.heads) == shape.num_kv_heads else ", ".join(map(str, group.heads))
-        rows.append((heads, describe(group.key), describe(group.value), f"{len(group.heads) * row:,.1f}", codecs.backend.name))
+        nbytes = f"{len(group.heads) * row:,.1f}"
+        rows.append((heads, describe(group.key), describe(group.value), nbytes, codecs.backend.name))
     return rows
 
 

@@ -120,7 +120,9 @@ def _expand(rule: Rule, path: str, model: ModelShape, source: str) -> tuple[Rule
     limit = min((model.layers[i].num_kv_heads for i in layers), default=0)
     for head in sorted(heads):
         if head >= limit:
-            raise RecipeError(f"{source}: {path}.heads: found {head}; the layers it covers have KV heads 0 to {limit - 1}")
+            raise RecipeError(
+                f"{source}: {path}.heads: found {head}; the layers it covers have KV heads 0 to {limit - 1}"
+            )
     return rule, path, layers, heads
 
 
@@ -140,5 +142,7 @@ def _select(selector: int | str, model: ModelShape, where: str, explicit_must_co
     index %= count
     if explicit_must_compress and model.layers[index].kind != "full":
         full = [i for i, layer in enumerate(model.layers) if layer.kind == "full"]
-        raise RecipeError(f"{where}: layer {index} is {model.layers[index].kind} and stays exact; compressed layers: {full}")
+        raise RecipeError(
+            f"{where}: layer {index} is {model.layers[index].kind} and stays exact; compressed layers: {full}"
+        )
     return {index}

@@ -14,7 +14,7 @@ KINDS = ("hadamard", "dense", "identity")
 
 
 @lru_cache(maxsize=32)
-def hadamard(dim: int, device: torch.device = torch.device("cpu")) -> Tensor:
+def hadamard(dim: int, device: "torch.device | str" = "cpu") -> Tensor:
     """An orthogonal symmetric `[dim, dim]` float32 matrix with entries of even magnitude.
 
     For `dim = 2**k * m` with m odd it is the Kronecker product of the Sylvester-Hadamard matrix of order

@@ -75,11 +75,13 @@ def _layers(config: Any) -> tuple[LayerShape, ...]:
         here = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
         heads = here.num_attention_heads
         kinds = {DynamicLayer: "full", DynamicSlidingWindowLayer: "sliding"}
-        shapes.append(LayerShape(
-            kind=kinds.get(type(layer), type(layer).__name__),
-            num_heads=heads,
-            num_kv_heads=getattr(here, "num_key_value_heads", None) or heads,
-            head_dim=getattr(here, "head_dim", None) or here.hidden_size // heads,
-            sliding_window=getattr(layer, "sliding_window", None),
-        ))
+        shapes.append(
+            LayerShape(
+                kind=kinds.get(type(layer), type(layer).__name__),
+                num_heads=heads,
+                num_kv_heads=getattr(here, "num_key_value_heads", None) or heads,
+                head_dim=getattr(here, "head_dim", None) or here.hidden_size // heads,
+                sliding_window=getattr(layer, "sliding_window", None),
+            )
+        )
     return tuple(shapes)

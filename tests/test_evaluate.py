@@ -1,0 +1,130 @@
+"""The evaluation must say what generation really loses: it is checked against the real cache, token by token."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import tqcompress
+from tqcompress import TQCompressError, api
+from tqcompress.evaluate import _attention, _teacher_cache, evaluate, passes
+
+KEEP = {"sinks": 2, "window": 5}
+RECIPES = {
+    "turboquant": {"version": 1, "keep": KEEP, "key": {"bits": 3}, "value": {"bits": 2}},
+    "groups": {
+        "version": 1,
+        "keep": KEEP,
+        "key": {"bits": 3},
+        "value": {"bits": 2},
+        "rules": [{"layers": 0, "skip": True}, {"heads": 0, "key": {"bits": 2, "rotation": "dense"}}],
+    },
+    "affine": {
+        "version": 1,
+        "keep": KEEP,
+        "quantizer": "affine",
+        "key": {"bits": 2, "group": 8},
+        "value": {"bits": 2, "group": 8},
+    },
+    "no-window": {"version": 1, "keep": {"sinks": 0, "window": 0}, "key": {"bits": 3}, "value": {"bits": 3}},
+}
+LOSSLESS = {"version": 1, "keep": KEEP, "quantizer": "exact", "key": {"bits": 32}, "value": {"bits": 32}}
+
+
+def logits_at_once(model, recipe, ids):
+    compression = api.plan_compression(model, recipe)
+    with torch.no_grad(), _attention(model):
+        return model(ids, past_key_values=_teacher_cache(model, compression), use_cache=True).logits
+
+
+def logits_token_by_token(model, recipe, ids):
+    tqcompress.apply(model, recipe)
+    rows, cache = [], None
+    with torch.no_grad():
+        for i in range(ids.shape[1]):
+            output = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            rows.append(output.logits)
+    tqcompress.remove(model)
+    return torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma2", "gpt2"])
+def test_one_pass_equals_feeding_the_real_cache_token_by_token(architecture, name):
+    model = tiny_model(architecture)
+    ids = torch.randint(0, model.config.vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
+    once, stepwise = (f(model, RECIPES[name], ids) for f in (logits_at_once, logits_token_by_token))
+    plain = model(ids, use_cache=False).logits
+    loss = (once - plain).abs().max()
+    # Both do the same float32 arithmetic in another order. A rounding error of 2^-24 grows with the few hundred
+    # additions of a layer; 1e-4 of the logits' scale leaves room for that and is far below the codec's effect.
+    allowed = 1e-4 * plain.abs().max()
+    assert (once - stepwise).abs().max() < allowed
+    assert loss > 10 * allowed, "the codec must have an effect, or the test shows nothing"
+
+
+def test_a_lossless_codec_loses_nothing():
+    model = tiny_model("llama")
+    ids = torch.randint(0, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(1))
+    (quality,) = evaluate(model, ids, {"exact": api.plan_compression(model, LOSSLESS)}, window_tokens=32)
+    assert quality.kl_mean == pytest.approx(0, abs=1e-6)
+    assert quality.top1 == 1
+    assert quality.perplexity == pytest.approx(quality.perplexity_uncompressed, rel=1e-6)
+
+
+def test_perplexity_is_that_of_independent_windows_without_the_first_token():
+    model = tiny_model("llama")
+    ids = torch.randint(0, model.config.vocab_size, (81,), generator=torch.Generator().manual_seed(2))
+    (quality,) = evaluate(model, ids, {"r": api.plan_compression(model, RECIPES["turboquant"])}, window_tokens=40)
+    windows = [ids[:40], ids[40:80]]  # the 81st token predicts nothing and is predicted from nothing
+    with torch.no_grad():
+        loss = sum(model(w[None], labels=w[None], use_cache=False).loss.double() * 39 for w in windows) / 78
+    assert quality.perplexity_uncompressed == pytest.approx(math.exp(loss), rel=1e-5)
+    assert quality.tokens == 80
+
+
+def test_fewer_bits_lose_more_and_the_statistics_agree():
+    model = tiny_model("llama")
+    ids = torch.randint(0, model.config.vocab_size, (128,), generator=torch.Generator().manual_seed(3))
+    recipes = {b: {"version": 1, "keep": KEEP, "key": {"bits": b}, "value": {"bits": b}} for b in (8, 4, 1)}
+    calls = []
+    results = evaluate(
+        model, ids, {str(b): api.plan_compression(model, r) for b, r in recipes.items()}, 64, lambda: calls.append(1)
+    )
+    assert len(calls) == passes(128, 64, 3) == 8
+    assert results[0].kl_mean < results[1].kl_mean < results[2].kl_mean
+    for result in results:
+        assert 0 <= result.kl_mean <= result.kl_p99
+        assert result.kl_stderr > 0
+        assert result.perplexity_uncompressed == results[0].perplexity_uncompressed
+
+
+def test_bits_are_those_of_the_plan_at_the_length_of_a_window():
+    model = tiny_model("llama")
+    compression = api.plan_compression(model, RECIPES["turboquant"])
+    (quality,) = evaluate(model, torch.arange(96) % 50, {"r": compression}, window_tokens=48)
+    assert quality.effective_bits == compression.plan.effective_bits(48)
+    assert quality.format_bits == compression.plan.format_bits()
+
+
+def test_the_model_is_left_as_it_was_compressed_or_not():
+    model = tiny_model("llama")
+    ids = torch.arange(40) % 50
+    compression = api.plan_compression(model, RECIPES["turboquant"])
+    plain = evaluate(model, ids, {"r": compression}, 40)
+    assert model.config._attn_implementation == "sdpa"
+    tqcompress.apply(model, RECIPES["affine"])
+    assert evaluate(model, ids, {"r": compression}, 40) == plain
+    assert model.config._attn_implementation == "tqcompress"
+
+
+def test_impossible_requests_are_refused():
+    model = tiny_model("llama")
+    compressions = {"r": api.plan_compression(model, RECIPES["turboquant"])}
+    limit = model.config.max_position_embeddings
+    with pytest.raises(TQCompressError, match=f"window-tokens: found {limit + 1}; the model's context is {limit}"):
+        evaluate(model, torch.arange(40), compressions, limit + 1)
+    with pytest.raises(TQCompressError, match="the text has 1 tokens"):
+        evaluate(model, torch.arange(1), compressions, 32)
