@@ -22,7 +22,9 @@ SPECS = [
 
 def make_view(key_spec, value_spec, batch, heads, dim, sinks, packed, recent, generator):
     """A view of random tokens, and the dense keys and values that it stands for, in float64."""
-    codecs = [build_codec(spec, HeadShape(heads, dim, side)) for spec, side in ((key_spec, "key"), (value_spec, "value"))]
+    codecs = [
+        build_codec(spec, HeadShape(heads, dim, side)) for spec, side in ((key_spec, "key"), (value_spec, "value"))
+    ]
     packed = packed // 4 * 4 if "affine" in (key_spec.quantizer, value_spec.quantizer) else packed
     exact, stores, dense = [], [], []
     for codec in codecs:

@@ -198,7 +198,11 @@ def test_foreign_tokens_are_refused(first, owner):
         assert cache.layers[0].codecs is compression_of(model).layers[0]
 
 
-@pytest.mark.parametrize("recipe", [TURBO, AFFINE, lossless()], ids=["turboquant", "affine", "exact"])
+@pytest.mark.parametrize(
+    "recipe",
+    [TURBO, TURBO | {"key": {"bits": 3, "scale": "log8"}}, AFFINE, lossless()],
+    ids=["turboquant", "log8", "affine", "exact"],
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_keys_are_refused(recipe, bad):
     model = compressed_model(recipe)

@@ -59,17 +59,17 @@ def check(message: str, source: str, *parts: str) -> None:
 TOP = "version, name, quantizer, key, value, keep, rules, center, balance, outliers, budget, calibration, tiers"
 RULE = "layers, heads, skip, quantizer, key, value"
 TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, levels, scale"
-SIXTEEN = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one is not the first
+GOOD = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one is not the first
 
 # Changes to BASE, then what the message must contain: path, what was found, what is allowed.
 WRONG = {
     "unknown_top": ({"bit": 3}, "bit: unknown key", f"allowed: {TOP}"),
     "unknown_nested": ({"keep": {"sink": 4}}, "keep.sink: unknown key", "allowed: sinks, window"),
-    "unknown_in_rule": ({"rules": [*SIXTEEN, {"layer": 1}]}, "rules[1].layer: unknown key", f"allowed: {RULE}"),
+    "unknown_in_rule": ({"rules": [*GOOD, {"layer": 1}]}, "rules[1].layer: unknown key", f"allowed: {RULE}"),
     "unknown_in_key": ({"key": {"bits": 3, "rotate": 1}}, "key.rotate: unknown key", TURBOQUANT),
     "unknown_in_value": ({"value": {"bits": 3, "rotate": 1}}, "value.rotate: unknown key", TURBOQUANT),
     "unknown_in_rules_value": (
-        {"rules": [*SIXTEEN, {"value": {"bitz": 3}}]},
+        {"rules": [*GOOD, {"value": {"bitz": 3}}]},
         "rules[1].value.bitz: unknown key",
         TURBOQUANT,
     ),
@@ -108,7 +108,7 @@ WRONG = {
     "range_negative": ({"rules": [{"layers": "-3--1", "skip": True}]}, "rules[0].layers: found '-3--1'", "allowed: "),
     "head_too_big": ({"rules": [{"heads": 4, "key": {"bits": 4}}]}, "rules[0].heads: found 4", "KV heads 0 to 3"),
     "head_in_a_list": ({"rules": [{"heads": [0, 9], "skip": True}]}, "rules[0].heads: found 9", "KV heads 0 to 3"),
-    "head_negative": ({"rules": [{"heads": -1, "skip": True}]}, "rules[0].heads: found -1", "greater than or equal to 0"),
+    "head_negative": ({"rules": [{"heads": -1, "skip": True}]}, "rules[0].heads: found -1", "or equal to 0"),
     "quantizer_unknown": ({"quantizer": "turbo"}, "quantizer: found 'turbo'", "affine, exact, turboquant"),
     "quantizer_unknown_in_key": (
         {"key": {"bits": 3, "quantizer": "turbo"}},
@@ -116,7 +116,7 @@ WRONG = {
         "affine, exact, turboquant",
     ),
     "quantizer_unknown_in_rule": (
-        {"rules": [*SIXTEEN, {"quantizer": "turbo"}]},
+        {"rules": [*GOOD, {"quantizer": "turbo"}]},
         "rules[1].quantizer: found 'turbo'",
         "affine, exact, turboquant",
     ),
@@ -128,7 +128,7 @@ WRONG = {
     "bits_unsupported": ({"key": {"bits": 9}}, "key.bits: found 9", "turboquant supports 1, 2, 3, 4, 5, 6, 7, 8"),
     "bits_fractional": ({"value": {"bits": 2.5}}, "value.bits: found 2.5", "supports 1, 2"),
     "bits_unsupported_in_rule": (
-        {"rules": [*SIXTEEN, {"layers": -1, "value": {"bits": 9}}]},
+        {"rules": [*GOOD, {"layers": -1, "value": {"bits": 9}}]},
         "rules[1].value.bits: found 9",
         "turboquant supports",
     ),
@@ -147,7 +147,7 @@ WRONG = {
         "rules[0].key.seed: unknown key",
         "affine allows bits, quantizer, group",
     ),
-    "option_default_that_does_not_fit": (
+    "option_that_does_not_fit": (
         {"quantizer": "affine", "value": {"bits": 2, "group": 48}},
         "value.group: found 48",
         "[1, 2, 4, 8, 16, 32, 64]",
@@ -159,7 +159,7 @@ WRONG = {
     ),
     "skip_and_key": ({"rules": [{"skip": True, "key": {"bits": 4}}]}, "rules[0]: skip: true contradicts", "key"),
     "skip_and_quantizer": ({"rules": [{"skip": True, "quantizer": "affine"}]}, "rules[0]: skip: true contradicts"),
-    "empty_rule": ({"rules": [*SIXTEEN, {}]}, "rules[1]: the rule changes nothing", "skip: true, quantizer, key or value"),
+    "empty_rule": ({"rules": [*GOOD, {}]}, "rules[1]: the rule changes nothing", "skip: true, quantizer, key"),
     "rule_without_effect": ({"rules": [{"layers": 0, "heads": 1}]}, "rules[0]: the rule changes nothing"),
     "no_skip": ({"rules": [{"layers": 0, "skip": False}]}, "rules[0]: the rule changes nothing"),
 }  # fmt: skip
@@ -168,9 +168,7 @@ WRONG = {
 @pytest.mark.parametrize(("changes", "parts"), [(c, p) for c, *p in WRONG.values()], ids=WRONG)
 def test_mistakes(changes, parts):
     with pytest.raises(RecipeError) as error:
-        plan_of(**{}, **changes) if all(isinstance(key, str) for key in changes) else Recipe.parse(
-            BASE | changes, SOURCE
-        )
+        resolve(Recipe.parse(BASE | changes, SOURCE), shape(), SOURCE)
     check(str(error.value), SOURCE, *parts)
 
 

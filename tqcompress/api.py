@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 
 from . import artifacts, attention, blockwise
 from .cache import Backend, CompressedLayer, GroupCodecs, LayerCodecs
-from .errors import ModelError
+from .errors import ArtifactError, ModelError, RecipeError
 from .plan import SIDES, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
@@ -196,7 +196,10 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
     """
     artifact = artifacts.read(Path(path))
     plan = artifact.plan_for(ModelShape.of(model))
-    compression = Compression(artifact.recipe, plan, _devices(model))
+    try:
+        compression = Compression(artifact.recipe, plan, _devices(model))
+    except RecipeError as error:  # a quantizer that is not installed here
+        raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
     attach(model, compression)
     return plan

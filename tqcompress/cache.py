@@ -185,9 +185,11 @@ class CompressedLayer(DynamicLayer):
     def _encode(self, keys: Tensor, values: Tensor) -> None:
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
-                packed = codec.encode(take_heads(states, group))
+                vectors = take_heads(states, group)
+                packed = codec.encode(vectors)
                 if states.device.type == "cpu":  # elsewhere this check would wait for the device
-                    _check_finite(packed, self.codecs.layer, group, codec)
+                    # Both: an integer scale hides a NaN, a half-precision one can overflow.
+                    _check_finite({"vectors": vectors} | packed, self.codecs.layer, group, codec)
                 store.append(packed, states.shape[2])
 
     def get_seq_length(self) -> int:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,13 +181,19 @@ def list_plugins() -> None:
     console.print(report.plugin_table(plugins().sources))
 
 
-def main(argv: list[str] | None = None) -> None:
+@cache
+def _complete_app() -> typer.Typer:
+    """The commands here and those that plugins add."""
+    plugins().hook.tqcompress_cli(app=app)
+    return app
+
+
+def main(argv: list[str] | None = None, program: str = "tqcompress") -> None:
     """Run the command line; an error of the user's is one line and exit status 2."""
     given = sys.argv[1:] if argv is None else argv
     words = [word for word in given if word != "--debug"]  # welcome anywhere on the line
     try:
-        plugins().hook.tqcompress_cli(app=app)
-        sys.exit(app(words or ["--help"], standalone_mode=False, prog_name="tqcompress"))
+        sys.exit(_complete_app()(words or ["--help"], standalone_mode=False, prog_name=program))
     except (TQCompressError, TyperException) as error:
         if "--debug" in given:
             traceback.print_exc()
@@ -199,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    errors = Console(stderr=True)  # results alone go to standard output
+    return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
 
 
 def _label(recipe: str) -> str:

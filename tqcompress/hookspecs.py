@@ -6,9 +6,9 @@ hookspec = pluggy.HookspecMarker("tqcompress")
 hookimpl = pluggy.HookimplMarker("tqcompress")
 
 
-@hookspec
+@hookspec(historic=True)
 def tqcompress_register(registry):
-    """Add quantizers: `registry.add_codec(MyCodec)`."""
+    """Add quantizers, `registry.add_codec(MyCodec)`; called once, when the plugin is loaded."""
 
 
 @hookspec

@@ -72,6 +72,7 @@ class Plugins:
         self.hook = self.manager.hook
         self.registry = Registry()
         self.sources: list[Source] = []
+        self.hook.tqcompress_register.call_historic(kwargs={"registry": self.registry})
         self._load_builtin()
         self._load_installed()
 
@@ -98,10 +99,8 @@ class Plugins:
         before, name = self.registry.names(), f"{source.origin}:{source.name}"
         try:
             plugin = load()
-            self.manager.register(plugin, name=name)
+            self.manager.register(plugin, name=name)  # calls the historic tqcompress_register at once
             self.manager.check_pending()
-            if hasattr(plugin, "tqcompress_register"):
-                plugin.tqcompress_register(registry=self.registry)
             source.codecs = sorted(set(self.registry.names()) - set(before))
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; the program must go on without it
             source.error = f"{type(error).__name__}: {error}"

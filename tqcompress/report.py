@@ -4,6 +4,7 @@ import math
 from itertools import groupby
 
 from rich.table import Table
+from rich.text import Text
 
 from .api import Compression
 from .codec import TensorSpec
@@ -122,6 +123,6 @@ def plugin_table(sources: list[Source]) -> Table:
     for column in ("plugin", "from", "quantizers", "status"):
         table.add_column(column)
     for source in sources:
-        status = f"[red]broken: {source.error}[/red]" if source.error else "ok"
-        table.add_row(source.name, source.origin, ", ".join(source.codecs) or "-", status)
+        status = Text(f"broken: {source.error}", "red") if source.error else "ok"
+        table.add_row(Text(source.name), Text(source.origin), ", ".join(source.codecs) or "-", status)
     return table
