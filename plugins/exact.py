@@ -4,14 +4,13 @@ For heads that must stay exact beside quantized ones (`skip: true` with `heads:`
 difference comes from quantization or from somewhere else.
 """
 
-import torch
 from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, RecipeError, TensorSpec, hookimpl
 
 
 class Exact(Codec):
-    """Stores each value in `bits` bits: the width of the model's dtype, or 32."""
+    """Stores each value in the model's own dtype; `bits`, 16 or 32, must be at least its width."""
 
     name = "exact"
     supported_bits = (16, 32)
@@ -23,19 +22,15 @@ class Exact(Codec):
 
     def layout(self) -> Layout:
         """One field of raw values."""
-        return Layout({"values": Field(self._dtype, self.shape.head_dim)})
+        return Layout({"values": Field(self.shape.dtype, self.shape.head_dim)})
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Copy."""
-        return {"values": x.to(self._dtype)}
+        return {"values": x.to(self.shape.dtype)}
 
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The values, float32."""
         return packed["values"].float()
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float32 if self.bits == 32 else self.shape.dtype
 
 
 @hookimpl

@@ -14,9 +14,9 @@ from tqcompress.codebook import e4m3_levels, lloyd_max
 from tqcompress.packing import pack, packed_size, unpack
 from tqcompress.rotation import Rotation
 
-# The 8-bit scale is 2^((code - LOG_ZERO) / 16): code 0 is zero, 1 to 255 span 2^-7.9 to 2^7.9. The scale is
-# the root mean square of a vector's coordinates, so this covers every key and value seen in practice.
-LOG_STEPS, LOG_ZERO, LOG_MAX = 16, 128, 255
+# The 8-bit scale is 2^((code - LOG_ZERO) / 16): code 0 is zero, 1 to 254 span 2^-7.9 to 2^7.9, 255 means too
+# large. The scale is the root mean square of a vector's coordinates, so that covers ordinary keys and values.
+LOG_STEPS, LOG_ZERO, LOG_OVERFLOW = 16, 128, 255
 
 
 class TurboQuantOptions(Options):
@@ -84,6 +84,11 @@ class TurboQuant(Codec):
         """Back to the original basis."""
         return Rotation.inverse(output, self.state())
 
+    def fits(self, packed: dict[str, Tensor]) -> Tensor:
+        """False if a scale is beyond its format."""
+        log_scale = self.options.scale == "log8"
+        return (packed["scale"] != LOG_OVERFLOW).all() if log_scale else super().fits(packed)
+
     def levels(self) -> ScalarLevels | None:
         """Lloyd-Max levels in the rotated basis: every fused kernel can read them."""
         return ScalarLevels(self.codebook, self.bits)
@@ -95,7 +100,7 @@ class TurboQuant(Codec):
         if self.options.scale == "fp16":
             return scale.to(torch.float16)
         code = (scale.log2() * LOG_STEPS).round() + LOG_ZERO  # log2(0) = -inf becomes code 0
-        return code.clamp(0, LOG_MAX).to(torch.uint8)
+        return code.nan_to_num(LOG_OVERFLOW).clamp(0, LOG_OVERFLOW).to(torch.uint8)
 
     def _decode_scale(self, stored: Tensor) -> Tensor:
         if self.options.scale == "fp16":

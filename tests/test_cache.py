@@ -135,8 +135,8 @@ def test_crop_of_blocks():
     """Cropping into a block decodes what is left of it; the tokens before it stay as they were."""
     model = compressed_model(AFFINE)
     ids, tail = prompt(120), prompt(45, seed=1)
-    for left in (0, 3, 4, 5, 35, 36, 37, 60, 68, 99, 100, 101, 119, 120):
-        _, cache = feed(model, ids.split([100, *[1] * 20], dim=1))
+    for left in (0, 3, 4, 5, 36, 37, 60, 68, 99, 100, 119):
+        _, cache = feed(model, ids.split([110, *[1] * 10], dim=1))
         layer = cache.layers[0]
         before = layer.stores[0][0].read(0, 32)["codes"].clone()
         cache.crop(left - 120)

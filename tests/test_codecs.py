@@ -34,6 +34,7 @@ VARIANTS = {
         {"rotation": "identity"},
         {"levels": "e4m3"},
         {"scale": "log8"},
+        {"norm_correction": False},
         {"seed": 7, "rotation": "dense", "levels": "e4m3", "scale": "log8"},
     ],
     "affine": [{}, {"group": 1}],

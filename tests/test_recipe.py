@@ -78,11 +78,11 @@ WRONG = {
     "wrong_version": ({"version": 2}, "version: found 2", "allowed: 1"),
     "version_as_text": ({"version": "1"}, "version: found '1'", "allowed: 1"),
     "side_is_a_number": ({"key": 3}, "key: found 3", "a valid dictionary"),
-    "bits_as_text": ({"key": {"bits": "3"}}, "key.bits: found '3'", "a valid integer"),
-    "bits_as_bool": ({"key": {"bits": True}}, "key.bits: found True", "a valid integer"),
+    "bits_as_text": ({"key": {"bits": "3"}}, "key.bits: found '3'", "a valid number"),
+    "bits_as_bool": ({"key": {"bits": True}}, "key.bits: found True", "a valid number"),
     "bits_zero": ({"key": {"bits": 0}}, "key.bits: found 0", "greater than 0"),
     "bits_negative_in_rule": ({"rules": [{"key": {"bits": -1}}]}, "rules[0].key.bits: found -1", "greater than 0"),
-    "bits_nan": ({"key": {"bits": float("nan")}}, "key.bits: found nan", "greater than 0"),
+    "bits_nan": ({"key": {"bits": float("nan")}}, "key.bits: found nan", "allowed: less than or equal to 32"),
     "bits_missing": ({"value": {}}, "value.bits: missing"),
     "window_as_text": ({"keep": {"window": "long"}}, "keep.window: found 'long'", "a valid integer"),
     "window_negative": ({"keep": {"window": -1}}, "keep.window: found -1", "greater than or equal to 0"),
@@ -102,13 +102,19 @@ WRONG = {
     "layer_in_a_list": ({"rules": [{"layers": [0, 6], "skip": True}]}, "rules[0].layers[1]: found 6", "0 to 5"),
     "layer_as_text": ({"rules": [{"layers": "6", "skip": True}]}, "rules[0].layers: found 6", "layers 0 to 5"),
     "layer_as_bool": ({"rules": [{"layers": True, "skip": True}]}, "rules[0].layers: found True", "allowed: "),
-    "layers_misspelt": ({"rules": [{"layers": "last", "skip": True}]}, "rules[0].layers: found 'last'", "odd|even"),
+    "layers_misspelt": ({"rules": [{"layers": "last", "skip": True}]}, "rules[0].layers: found 'last'", 'a range "a-b", odd, even, all'),
     "range_too_long": ({"rules": [{"layers": "4-6", "skip": True}]}, "rules[0].layers: found '4-6'", "within 0-5"),
     "range_backwards": ({"rules": [{"layers": "4-2", "skip": True}]}, "rules[0].layers: found '4-2'", "first <= last"),
     "range_negative": ({"rules": [{"layers": "-3--1", "skip": True}]}, "rules[0].layers: found '-3--1'", "allowed: "),
     "head_too_big": ({"rules": [{"heads": 4, "key": {"bits": 4}}]}, "rules[0].heads: found 4", "KV heads 0 to 3"),
     "head_in_a_list": ({"rules": [{"heads": [0, 9], "skip": True}]}, "rules[0].heads: found 9", "KV heads 0 to 3"),
-    "head_negative": ({"rules": [{"heads": -1, "skip": True}]}, "rules[0].heads: found -1", "or equal to 0"),
+    "head_negative": ({"rules": [{"heads": -1, "skip": True}]}, "rules[0].heads: found -1", "0 or more"),
+    "no_layers": ({"rules": [{"layers": [], "skip": True}]}, "rules[0].layers: found an empty list"),
+    "no_heads": ({"rules": [{"heads": [], "skip": True}]}, "rules[0].heads: found an empty list"),
+    "rule_of_empty_key": ({"rules": [{"key": {}}]}, "rules[0]: the rule changes nothing"),
+    "empty_quantizer": ({"rules": [{"quantizer": "", "key": {"bits": 2}}]}, "rules[0].quantizer: found ''"),
+    "version_as_bool": ({"version": True}, "version: found True", "allowed: 1"),
+    "seed_as_text": ({"key": {"bits": 3, "seed": "3"}}, "key.seed: found '3'", "a valid integer"),
     "quantizer_unknown": ({"quantizer": "turbo"}, "quantizer: found 'turbo'", "affine, exact, turboquant"),
     "quantizer_unknown_in_key": (
         {"key": {"bits": 3, "quantizer": "turbo"}},
@@ -186,7 +192,7 @@ UNFINISHED = {
 def test_keys_that_are_not_implemented_are_refused_and_never_ignored(key):
     with pytest.raises(RecipeError) as error:
         plan_of(**{key: UNFINISHED[key]})
-    check(str(error.value), SOURCE, f"{key} is part of the schema but not implemented")
+    check(str(error.value), SOURCE, f"{key}: part of the schema but not implemented")
 
 
 def test_several_mistakes_are_all_told_in_one_line():
@@ -413,7 +419,7 @@ def test_skipped_heads_become_an_exact_group():
     plan = plan_of(rules=[{"layers": 0, "heads": 1, "skip": True}, {"layers": 0, "heads": 3, "skip": True}])
     groups = {group.heads: group for group in plan.layer_groups(0)}
     assert groups.keys() == {(0, 2), (1, 3)}
-    assert groups[1, 3].key == groups[1, 3].value == TensorSpec("exact", 16)  # bfloat16
+    assert groups[1, 3].key == groups[1, 3].value == TensorSpec("exact", 32)  # enough for any dtype
     assert 0 not in plan.exact
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqcompress.rotation import KINDS, Rotation, hadamard, random_orthogonal, random_signs
+from tqcompress.rotation import Rotation, hadamard, random_orthogonal, random_signs
 
 DIMS = [64, 80, 96, 128, 192, 256]
 ODD = [1, 3, 7, 45, 63]
@@ -57,12 +57,21 @@ def test_hadamard_exists_for_every_size(dim):
 
 def test_hadamard_made_in_inference_mode_serves_autograd():
     """The matrix is cached for the process: a first use under inference_mode must not break training later."""
-    hadamard.cache_clear()
     with torch.inference_mode():
-        hadamard(24)
-    x = torch.ones(24, requires_grad=True)
-    (x @ hadamard(24)).sum().backward()
+        hadamard(44)  # a size that nothing else here uses
+    x = torch.ones(44, requires_grad=True)
+    (x @ hadamard(44)).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_exporting_leaves_no_fake_tensor_in_the_cache():
+    class Rotate(torch.nn.Module):
+        def forward(self, x):
+            return x @ hadamard(52)
+
+    torch.export.export(Rotate(), (torch.ones(1, 52),))
+    assert type(hadamard(52)) is torch.Tensor
+    assert hadamard(52).sum().item() == pytest.approx((hadamard(52) @ torch.ones(52)).sum().item())
 
 
 def test_signs_are_pinned():
@@ -96,7 +105,7 @@ def test_dense_is_orthogonal_and_depends_on_the_seed(dim):
     assert (matrix - random_orthogonal(dim, 1)).norm() > 0.5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("hadamard", "dense", "identity"))
 def test_state_is_reproducible(kind):
     state, again, other = (Rotation.state(kind, 64, seed) for seed in (0, 0, 1))
     assert state.keys() == {"hadamard": {"signs"}, "dense": {"rotation"}, "identity": set()}[kind]
@@ -105,7 +114,7 @@ def test_state_is_reproducible(kind):
         assert not torch.equal(tensor, other[name])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("hadamard", "dense", "identity"))
 @pytest.mark.parametrize("dim", [*DIMS, 45])
 def test_inverse_undoes_forward_and_norms_stay(kind, dim):
     state, x = Rotation.state(kind, dim, 3), gaussian(dim)
@@ -118,7 +127,7 @@ def test_inverse_undoes_forward_and_norms_stay(kind, dim):
     assert (change <= matmul_bound(dim) * norms).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("hadamard", "dense", "identity"))
 def test_dot_products_stay(kind):
     state, x = Rotation.state(kind, 96, 3), gaussian(96)
     y = x.flip(0)

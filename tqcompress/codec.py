@@ -84,7 +84,7 @@ class ScalarLevels:
 class Options(BaseModel):
     """Base of a quantizer's own recipe keys; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Codec(nn.Module):
@@ -134,6 +134,11 @@ class Codec(nn.Module):
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The float32 vectors that `packed` stands for: the reference every backend is tested against."""
         raise NotImplementedError
+
+    def fits(self, packed: dict[str, Tensor]) -> Tensor:
+        """A boolean scalar: whether `packed` can hold what was encoded (no overflow, no NaN)."""
+        floating = [rows.isfinite().all() for rows in packed.values() if rows.is_floating_point()]
+        return torch.stack(floating).all() if floating else torch.tensor(True)
 
     def fit(self, stats) -> None:
         """Set state from calibration statistics; data-free codecs have nothing to do."""

@@ -4,10 +4,12 @@ Code `i` occupies bits `i*bits` to `(i+1)*bits - 1` of its row; bit `j` of a row
 `j // 8`. All arithmetic is in int32, which also exports to ONNX (its uint8 shifts do not).
 """
 
-from functools import lru_cache, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from .constants import cached_constant
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -45,7 +47,7 @@ def _shifted(codes: Tensor, left: int) -> Tensor:
     return codes << left if left >= 0 else codes >> -left
 
 
-@lru_cache(maxsize=64)
+@cached_constant
 def _positions(bits: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For each code: its first byte, the next byte (clamped to the row) and its shift in the first."""
     start = torch.arange(count, device=device) * bits

@@ -60,13 +60,13 @@ class Plan:
         """The groups of one layer, in order."""
         return [group for group in self.groups if group.layer == layer]
 
-    def head_shape(self, group: Group, side: Side) -> HeadShape:
-        """What the group's codec of that side is built for."""
-        return HeadShape(len(group.heads), self.model.layers[group.layer].head_dim, side, self.model.dtype)
+    def head_shape(self, group: Group, side: Side, dtype: torch.dtype | None = None) -> HeadShape:
+        """What the group's codec of that side is built for, in a model of `dtype` (default: this one's)."""
+        return HeadShape(len(group.heads), self.model.layers[group.layer].head_dim, side, dtype or self.model.dtype)
 
-    def layout(self, group: Group, side: Side) -> Layout:
+    def layout(self, group: Group, side: Side, dtype: torch.dtype | None = None) -> Layout:
         """What the group's codec of that side stores."""
-        return footprint(getattr(group, side), self.head_shape(group, side))[0]
+        return footprint(getattr(group, side), self.head_shape(group, side, dtype))[0]
 
     def block(self, layer: int) -> int:
         """Tokens of this layer that leave the window together: the least that every codec can encode."""
@@ -93,7 +93,7 @@ class Plan:
             total += batch * (tokens - packed) * layer.values_per_token * width
             for group in groups:
                 for side in SIDES:
-                    layout, state = footprint(getattr(group, side), self.head_shape(group, side))
+                    layout, state = footprint(getattr(group, side), self.head_shape(group, side, dtype))
                     total += state + batch * len(group.heads) * round(packed * layout.nbytes_per_token)
         return total
 
@@ -118,7 +118,7 @@ class Plan:
             groups = self.layer_groups(index)
             bits += 0 if groups else layer.values_per_token * dtype.itemsize * 8
             for group in groups:
-                row = self.layout(group, "key").nbytes_per_token + self.layout(group, "value").nbytes_per_token
+                row = sum(self.layout(group, side, dtype).nbytes_per_token for side in SIDES)
                 bits += 8 * len(group.heads) * row
         return bits / values
 

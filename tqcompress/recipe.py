@@ -5,12 +5,24 @@ allowed. Keys whose implementation is not there yet are part of the schema and r
 """
 
 from collections.abc import Hashable
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import RecipeError
 
@@ -19,12 +31,20 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+Name = Annotated[str, Field(min_length=1)]
+
+
 class Side(BaseModel):
     """Keys or values: `bits`, and the quantizer's own keys (checked against it when a plan is made)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    bits: Annotated[int | float, Field(gt=0, le=32)] | None = None
-    quantizer: str | None = None
+    bits: Annotated[float, Field(gt=0, le=32)] | None = None
+    quantizer: Name | None = None
+
+    @property
+    def says_something(self) -> bool:
+        """Whether any key is given."""
+        return bool(self.bits or self.quantizer or self.model_extra)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -39,22 +59,47 @@ class Keep(_Model):
     window: NonNegativeInt = 128
 
 
-Layers = int | Annotated[str, Field(pattern=r"^(all|odd|even|-?\d+|\d+-\d+)$")]
+def _check_version(given: Any) -> Any:
+    if type(given) is not int or given != 1:  # True and 1.0 equal 1
+        raise ValueError(f"found {given!r}; allowed: 1")
+    return given
+
+
+def _check_layers(given: Any) -> Any:
+    for selector in given if isinstance(given, list) else [given]:
+        is_index = isinstance(selector, int) and not isinstance(selector, bool)
+        if not is_index and not (isinstance(selector, str) and _LAYERS.fullmatch(selector)):
+            raise ValueError(f'found {selector!r}; allowed: an index, a range "a-b", odd, even, all, or a list of these')
+    if given == []:
+        raise ValueError("found an empty list; allowed: leave the key out to mean all layers")
+    return given
+
+
+def _check_heads(given: Any) -> Any:
+    for head in given if isinstance(given, list) else [given]:
+        if not isinstance(head, int) or isinstance(head, bool) or head < 0:
+            raise ValueError(f"found {head!r}; allowed: a KV head's index, 0 or more, or a list of these")
+    if given == []:
+        raise ValueError("found an empty list; allowed: leave the key out to mean all KV heads")
+    return given
+
+
+_LAYERS = re.compile(r"all|odd|even|-?\d+|\d+-\d+")
 
 
 class Rule(_Model):
     """Overrides for some layers and KV heads; later rules win."""
 
-    layers: Layers | list[Layers] = "all"
-    heads: NonNegativeInt | list[NonNegativeInt] | None = None
+    layers: Annotated[Any, AfterValidator(_check_layers)] = "all"  # int | str | list[int | str]
+    heads: Annotated[Any, AfterValidator(_check_heads)] = None  # int | list[int]
     skip: bool = False
-    quantizer: str | None = None
+    quantizer: Name | None = None
     key: Side | None = None
     value: Side | None = None
 
     @model_validator(mode="after")
     def _says_one_thing(self):
-        changes = self.quantizer or self.key or self.value
+        changes = self.quantizer or any(side and side.says_something for side in (self.key, self.value))
         if self.skip and changes:
             raise ValueError("skip: true contradicts quantizer, key and value in the same rule; use one of them")
         if not self.skip and not changes:
@@ -105,9 +150,9 @@ class Tier(_Model):
 class Recipe(_Model):
     """A whole recipe. Load one with `Recipe.load`, or build it from keyword arguments."""
 
-    version: Literal[1]
+    version: Annotated[Any, AfterValidator(_check_version)]  # 1
     name: str = "unnamed"
-    quantizer: str = "turboquant"
+    quantizer: Name = "turboquant"
     key: Side
     value: Side
     keep: Keep = Keep()
@@ -119,12 +164,12 @@ class Recipe(_Model):
     calibration: Calibration | None = None
     tiers: list[Tier] = []
 
-    @model_validator(mode="after")
-    def _only_what_is_implemented(self):
-        for key in ("center", "balance", "outliers", "budget", "calibration", "tiers"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is part of the schema but not implemented in this version; remove it")
-        return self
+    @field_validator("center", "balance", "outliers", "budget", "calibration", "tiers")
+    @classmethod
+    def _only_what_is_implemented(cls, value: Any, info: ValidationInfo) -> Any:
+        if value != cls.model_fields[info.field_name].default:
+            raise ValueError("part of the schema but not implemented in this version; remove it")
+        return value
 
     @classmethod
     def parse(cls, data: Any, source: str = "recipe") -> "Recipe":
@@ -174,6 +219,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys others may override
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)

@@ -113,6 +113,8 @@ def _layer_rows(compression: Compression, index: int) -> list[tuple[str, ...]]:
 
 def describe(spec: TensorSpec) -> str:
     """A spec in a few words."""
+    if spec.quantizer == "exact":
+        return "exact"
     options = " ".join(f"{key}={value}" for key, value in spec.options.items())
     return f"{spec.bits:g} bit {spec.quantizer} {options}".rstrip()
 

@@ -94,7 +94,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
         if len(skips) == len(pairs):
             exact[index] = f"skipped by {skips[-1]}"
             continue
-        raw = TensorSpec("exact", model.dtype.itemsize * 8)
+        raw = TensorSpec("exact", 32)  # wide enough for any dtype; stored in the model's own
         merged = defaultdict(list)  # two rules that skip heads make one exact group
         for pair, heads in pairs.items():
             merged[(raw, raw) if isinstance(pair, str) else pair] += heads

@@ -5,15 +5,14 @@ Source: the random rotation of TurboQuant (arXiv 2504.19874, section 3.1) in the
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-KINDS = ("hadamard", "dense", "identity")
+from .constants import cached_constant
 
 
-@lru_cache(maxsize=32)
+@cached_constant
 def hadamard(dim: int, device: "torch.device | str" = "cpu") -> Tensor:
     """An orthogonal symmetric `[dim, dim]` float32 matrix with entries of even magnitude.
 
@@ -30,8 +29,7 @@ def hadamard(dim: int, device: "torch.device | str" = "cpu") -> Tensor:
     # The product is reduced modulo m before the trigonometry: exact symmetry for every m.
     angle = 2 * math.pi * (torch.outer(index, index) % odd) / odd
     hartley = (angle.cos() + angle.sin()) / math.sqrt(odd)
-    with torch.inference_mode(False):  # cached for good: a tensor of inference mode could not serve autograd later
-        return torch.kron(matrix, hartley).to(device, torch.float32)
+    return torch.kron(matrix, hartley).to(device, torch.float32)
 
 
 def random_signs(dim: int, seed: int) -> Tensor:
