@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqcompress import HeadShape, TensorSpec, blockwise
-from tqcompress.cache import Backend, GroupCodecs, GroupView
 from tqcompress.plan import build_codec
 from tqcompress.store import TokenStore
+from tqcompress.view import Backend, GroupCodecs, GroupView
 
 torch.set_num_threads(1)
 EPS = 2.0**-24  # half a unit in the last place of 1, float32

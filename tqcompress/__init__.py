@@ -6,13 +6,13 @@ tqcompress.remove(model)
 """
 
 from .api import apply, load, remove, save
-from .cache import Backend
 from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec
 from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
 from .hf import TQCompressConfig
 from .hookspecs import hookimpl
 from .recipe import Recipe
 from .version import __version__
+from .view import Backend
 
 __all__ = [
     "ArtifactError",

@@ -5,6 +5,7 @@ puts `CompressedLayer`s into the cache it is given, and the registered attention
 """
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from . import artifacts, attention, blockwise
-from .cache import Backend, CompressedLayer, GroupCodecs, LayerCodecs
+from .cache import CompressedLayer
 from .errors import ArtifactError, ModelError, RecipeError
 from .plan import SIDES, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
 from .resolve import resolve
 from .shape import ModelShape
+from .view import Backend, GroupCodecs, LayerCodecs
 
 MODULE = "tqcompress"  # the submodule of a model that holds its codecs
 
@@ -44,7 +46,7 @@ class Compression(nn.Module):
                 self.layers[index] = LayerCodecs(
                     index, tuple(groups), shape.num_kv_heads, shape.head_dim, plan.sinks, plan.window, plan.block(index)
                 )
-        self.cache_position = None  # of `past_key_values` among the decoder's positional arguments
+        self.arguments: list[str] = []  # of the decoder's forward, in order
         self.hook = self.previous_attention = None
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -61,8 +63,8 @@ class Compression(nn.Module):
         attention.register()
         self.previous_attention = model.config._attn_implementation
         decoder = model.get_decoder()
-        parameters = list(inspect.signature(decoder.forward).parameters)
-        if "past_key_values" not in parameters:
+        arguments = list(inspect.signature(decoder.forward).parameters)
+        if "past_key_values" not in arguments:
             raise ModelError(f"{type(decoder).__name__} takes no past_key_values; tqcompress cannot give it a cache")
         if not model._can_set_attn_implementation():
             raise ModelError(
@@ -70,7 +72,7 @@ class Compression(nn.Module):
                 "for it; tqcompress cannot read a compressed cache there"
             )
         model.set_attn_implementation(attention.NAME)
-        self.cache_position = parameters.index("past_key_values")
+        self.arguments = arguments
         self.hook = decoder.register_forward_pre_hook(self.prepare_cache, with_kwargs=True)
         model.add_module(MODULE, self)
 
@@ -83,24 +85,24 @@ class Compression(nn.Module):
 
     def prepare_cache(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Forward pre-hook: put compressed layers into the cache, making one if the decoder would."""
-        positional = len(args) > self.cache_position
-        cache = args[self.cache_position] if positional else kwargs.get("past_key_values")
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
         if cache is None:
-            use_cache = kwargs.get("use_cache")
+            use_cache = given.get("use_cache")
             if not (decoder.config.use_cache if use_cache is None else use_cache):
                 return None
             if decoder.training and getattr(decoder, "gradient_checkpointing", False):
                 return None  # the decoder will not use a cache
             cache = DynamicCache(config=decoder.config)
-            if positional:
-                args = (*args[: self.cache_position], cache, *args[self.cache_position + 1 :])
-            else:
-                kwargs = kwargs | {"past_key_values": cache}
-        self.compress_layers(cache)
-        return args, kwargs
+            given["past_key_values"] = cache
+        self.compress_layers(cache, given.get("attention_mask"))
+        return (), given
 
-    def compress_layers(self, cache: Cache) -> None:
-        """Replace the empty layers of `cache` that the plan compresses. Raises `ModelError` on foreign tokens."""
+    def compress_layers(self, cache: Cache, attention_mask: torch.Tensor | None = None) -> None:
+        """Replace the empty layers of `cache` that the plan compresses. Raises `ModelError` on foreign tokens.
+
+        `attention_mask` `[batch, tokens]` tells how far the prompts of a batch are padded on the left.
+        """
         if cache.layer_class_to_replicate is DynamicLayer:  # a DynamicCache() made without a config
             cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(self.plan.model.layers))]
             cache.layer_class_to_replicate = None
@@ -114,6 +116,11 @@ class Compression(nn.Module):
             if isinstance(layer, CompressedLayer) and layer.codecs is codecs:
                 continue
             if not isinstance(layer, CompressedLayer) and type(layer) not in (DynamicLayer, StaticLayer):
+                if type(layer).__module__ == "transformers.cache_utils":
+                    kind = type(layer).__name__
+                    warnings.warn(
+                        f"the given cache holds {kind}s; they are used as they are, uncompressed", stacklevel=2
+                    )
                 continue  # a cache layer of somebody else's, chosen on purpose
             if int(layer.get_seq_length()) > 0:
                 owner = "another compression" if isinstance(layer, CompressedLayer) else "no compression"
@@ -122,6 +129,17 @@ class Compression(nn.Module):
                     f"{owner}; start from an empty cache"
                 )
             cache.layers[index] = CompressedLayer(codecs, getattr(layer, "max_cache_len", None))
+        if attention_mask is not None and attention_mask.dim() == 2:
+            self._note_padding(cache, attention_mask)
+
+    def _note_padding(self, cache: Cache, attention_mask: torch.Tensor) -> None:
+        """Tell the layers of an empty cache where each prompt begins: the sinks are its first real tokens."""
+        layers = [cache.layers[index] for index in self.layers]
+        if any(not isinstance(layer, CompressedLayer) or layer.get_seq_length() for layer in layers):
+            return
+        padding = attention_mask.long().argmax(1)
+        for layer in layers:
+            layer.padding = padding if padding.any() else None
 
 
 def _backend(group, pair: nn.ModuleDict, device: torch.device) -> Backend:
@@ -172,17 +190,19 @@ def save(
     """Write a directory that `AutoModelForCausalLM.from_pretrained` and `tqcompress.load` read.
 
     Without `weights` it only points at the base model, `base` or the name the model was loaded from.
-    Raises `ModelError` if the model is not compressed.
+    Raises `ModelError` if the model is not compressed, or has neither weights to save nor a base to name.
     """
     compression = compression_of(model)
     if compression is None:
         raise ModelError("the model is not compressed; call tqcompress.apply(model, recipe) before save")
+    from .hf import check_savable, write_config
+
+    base = base or model.config._name_or_path
+    check_savable(model, weights, base)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     artifacts.write(path, compression.recipe, compression.plan, compression.state())
-    from .hf import write_config
-
-    write_config(model, path, weights, base or model.config._name_or_path)
+    write_config(model, path, weights, base)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     return path

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .blockwise import attend_exact
-from .cache import KVView
 from .errors import ModelError
+from .view import KVView
 
 NAME = "tqcompress"
 

@@ -8,7 +8,7 @@ arXiv 1805.02867), in float32.
 import torch
 from torch import Tensor
 
-from .cache import GroupView
+from .view import GroupView
 
 WORKSPACE_BYTES = 32 << 20
 
@@ -72,7 +72,7 @@ class _Scores:
         self.first_query = tokens - queries  # its position, for the causal rule
 
     def __call__(self, query: Tensor, key: Tensor, start: int) -> Tensor:
-        """`[batch, kv_heads, share, queries, block]` for a query `[.., share, queries, d]` and keys `[.., block, d]`."""
+        """`[batch, kv_heads, share, queries, block]` for query `[.., share, queries, d]` and keys `[.., block, d]`."""
         scores = torch.matmul(query.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, query.shape[2:4]) * self.scaling
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)

@@ -5,94 +5,18 @@ left the window moves to the sinks until those are full, and is encoded, once, f
 """
 
 from copy import copy, deepcopy
-from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .codec import Codec
 from .errors import ModelError
 from .store import TokenStore
+from .view import GroupView, KVView, LayerCodecs, take_heads
 
 # Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
 # (assisted decoding crops them) never reaches into what is already encoded.
 DRAFT_ROOM = 64
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A way to attend to a group's packed tokens: `attend` as in `blockwise.attend`, and why it was chosen."""
-
-    name: str
-    attend: object
-    reason: str
-
-
-@dataclass(frozen=True)
-class GroupCodecs:
-    """The heads of a group, its two codecs and its backend."""
-
-    heads: tuple[int, ...]
-    key: Codec
-    value: Codec
-    backend: Backend
-
-
-@dataclass(frozen=True)
-class LayerCodecs:
-    """All that a `CompressedLayer` must know; shared by every cache of a model."""
-
-    layer: int
-    groups: tuple[GroupCodecs, ...]
-    num_kv_heads: int
-    head_dim: int
-    sinks: int
-    window: int
-    block: int
-
-
-@dataclass(frozen=True)
-class GroupView:
-    """One group as attention reads it: packed rows, then the exact tokens around them."""
-
-    codecs: GroupCodecs
-    key: TokenStore
-    value: TokenStore
-    packed: int  # tokens; the stores may grow after the view was made
-    sinks: tuple[Tensor, Tensor]  # exact keys and values [batch, heads, tokens, head_dim]
-    recent: tuple[Tensor, Tensor]
-
-
-class KVView:
-    """What `update` returns in place of key and value tensors: handles for tqcompress's attention."""
-
-    def __init__(self, groups: tuple[GroupView, ...], num_kv_heads: int):
-        self.groups, self.num_kv_heads = groups, num_kv_heads
-
-    def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Each group's backend on its share of the query heads; arguments and result as in `blockwise.attend`."""
-        if len(self.groups) == 1:
-            return self.groups[0].codecs.backend.attend(query, self.groups[0], mask, scaling, softcap)
-        share = query.shape[1] // self.num_kv_heads
-        output = query.new_empty(query.shape, dtype=torch.float32)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        for group in self.groups:
-            heads = [head * share + i for head in group.codecs.heads for i in range(share)]
-            part = mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
-            attend = group.codecs.backend.attend
-            output[:, heads], lse[:, heads] = attend(query[:, heads], group, part, scaling, softcap)
-        return output, lse
-
-    def __getattr__(self, name: str) -> NoReturn:
-        # AttributeError, so that hasattr() probes keep working.
-        raise AttributeError(
-            f"a compressed KV cache was read as a tensor (.{name}) by another attention implementation; "
-            'use model.set_attn_implementation("tqcompress") or tqcompress.remove(model)'
-        )
 
 
 class CompressedLayer(DynamicLayer):
@@ -111,6 +35,8 @@ class CompressedLayer(DynamicLayer):
         self.stores: list[tuple[TokenStore, TokenStore]] = []
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None
+        self.padding: Tensor | None = None  # `[batch]`: padding tokens on the left of the prompt, set before it comes
+        self.order: Tensor | None = None  # `[batch, prompt]`: positions in the order stored, if that is another
 
     def __deepcopy__(self, memo):
         new = copy(self)
@@ -152,6 +78,9 @@ class CompressedLayer(DynamicLayer):
         empty, count = self.get_seq_length() == 0, key_states.shape[2]
         self._release(keep=self.codecs.window)
         new = (key_states.detach(), value_states.detach())
+        if empty and self.padding is not None and count > self.codecs.sinks:
+            self.order = _sinks_first(self.padding.to(self.device), self.codecs.sinks, count)
+            new = tuple(states.take_along_dim(self.order[:, None, :, None], dim=2) for states in new)
         self.recent = tuple(torch.cat(pair, dim=2) for pair in zip(self.recent, new, strict=True))
         returned = (key_states, value_states) if empty else (self._view(),) * 2
         self._release(keep=self.codecs.window + min(count, DRAFT_ROOM))
@@ -162,7 +91,14 @@ class CompressedLayer(DynamicLayer):
         for group, (key, value) in zip(self.codecs.groups, self.stores, strict=True):
             exact = ((take_heads(k, group), take_heads(v, group)) for k, v in (self.sinks, self.recent))
             groups.append(GroupView(group, key, value, key.length, *exact))
-        return KVView(tuple(groups), self.codecs.num_kv_heads)
+        return KVView(tuple(groups), self.codecs.num_kv_heads, self._positions())
+
+    def _positions(self) -> Tensor | None:
+        if self.order is None:
+            return None
+        batch, prompt = self.order.shape
+        later = torch.arange(prompt, self.get_seq_length(), device=self.order.device)
+        return torch.cat([self.order, later.expand(batch, -1)], dim=1)
 
     def _release(self, keep: int) -> None:
         """Move all but the last `keep` recent tokens into the sinks and, in whole blocks, the stores."""
@@ -171,26 +107,33 @@ class CompressedLayer(DynamicLayer):
             return
         to_sinks = min(excess, self.codecs.sinks - self.sinks[0].shape[2])
         to_packed = (excess - to_sinks) // self.codecs.block * self.codecs.block
+        if to_packed:  # before the sinks: if it fails, the tokens are still where they were
+            self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
         if to_sinks:
             self.sinks = tuple(
                 torch.cat([sink, recent[:, :, :to_sinks]], dim=2)
                 for sink, recent in zip(self.sinks, self.recent, strict=True)
             )
-        if to_packed:
-            self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
         # Cloned, or a slice of a few tokens would keep a whole prefill alive.
         self.recent = tuple(states[:, :, to_sinks + to_packed :].clone() for states in self.recent)
 
     @torch.no_grad()
     def _encode(self, keys: Tensor, values: Tensor) -> None:
+        encoded = []  # everything before anything is stored: an error leaves the cache as it was
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
                 vectors = take_heads(states, group)
                 packed = codec.encode(vectors)
-                if states.device.type == "cpu":  # elsewhere this check would wait for the device
-                    # Both: an integer scale hides a NaN, a half-precision one can overflow.
-                    _check_finite({"vectors": vectors} | packed, self.codecs.layer, group, codec)
-                store.append(packed, states.shape[2])
+                if vectors.device.type == "cpu" and not (vectors.isfinite().all() and codec.fits(packed)):
+                    # Only on a CPU: elsewhere the check would wait for the device.
+                    raise ModelError(
+                        f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
+                        f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
+                        "skip the layer in the recipe, or check the model's dtype"
+                    )
+                encoded.append((store, packed))
+        for store, packed in encoded:
+            store.append(packed, keys.shape[2])
 
     def get_seq_length(self) -> int:
         """Tokens cached."""
@@ -211,6 +154,8 @@ class CompressedLayer(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         left = max(0, self.get_seq_length() + tokens_to_remove)
+        if self.order is not None and left < self.order.shape[1]:
+            raise ModelError(f"crop: {left} tokens are fewer than the left-padded prompt's {self.order.shape[1]}")
         sinks, packed = self.sinks[0].shape[2], self.stores[0][0].length
         if left < sinks + packed:
             self._unpack_tail(max(0, left - sinks))
@@ -237,6 +182,7 @@ class CompressedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         self.stores, self.sinks, self.recent, self.is_initialized = [], None, None, False
+        self.padding = self.order = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
@@ -262,6 +208,8 @@ class CompressedLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.sinks, self.recent = (tuple(map(function, pair)) for pair in (self.sinks, self.recent))
+        if self.order is not None:
+            self.order = function(self.order)
         for store in (store for pair in self.stores for store in pair):
             store.map(function)
 
@@ -274,15 +222,9 @@ class CompressedLayer(DynamicLayer):
         return exact + sum(store.nbytes for pair in self.stores for store in pair)
 
 
-def take_heads(states: Tensor, group: GroupCodecs) -> Tensor:
-    """The group's heads of `[batch, kv_heads, tokens, head_dim]`; a view if it has all of them."""
-    return states if states.shape[1] == len(group.heads) else states[:, list(group.heads)]
-
-
-def _check_finite(packed: dict[str, Tensor], layer: int, group: GroupCodecs, codec: Codec) -> None:
-    for name, rows in packed.items():
-        if rows.is_floating_point() and not rows.isfinite().all():
-            raise ModelError(
-                f"layer {layer}, KV heads {list(group.heads)}: {codec.name} cannot store these {codec.shape.side}s, "
-                f"their {name} is infinite or not a number; skip the layer in the recipe, or check the model's dtype"
-            )
+def _sinks_first(padding: Tensor, sinks: int, prompt: int) -> Tensor:
+    """`[batch, prompt]`: positions with each row's first `sinks` real tokens, then its padding, then the rest."""
+    padding = padding.clamp(max=prompt - sinks)[:, None]
+    place = torch.arange(prompt, device=padding.device).expand(padding.shape[0], -1)
+    moved = torch.where(place < sinks, place + padding, place - sinks)
+    return torch.where(place < sinks + padding, moved, place)

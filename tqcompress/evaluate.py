@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import attention
 from .api import Compression
-from .cache import KVView, LayerCodecs, take_heads
 from .errors import ModelError, TQCompressError
 from .plan import packed_tokens
+from .view import KVView, LayerCodecs, take_heads
 
 QUERIES_AT_ONCE = 256  # bounds the score matrices of a window
 POSITIONS_AT_ONCE = 256  # bounds the log-probabilities compared at once

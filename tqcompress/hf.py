@@ -97,17 +97,20 @@ AutoConfig.register(METHOD, TQCompressPointer)
 AutoModelForCausalLM.register(TQCompressPointer, TQCompressPointerModel)
 
 
-def write_config(model: nn.Module, path: Path, weights: bool, base: str) -> None:
-    """Write `config.json` (and the weights) so that from_pretrained finds the artifact beside it.
-
-    Raises `ModelError` if the weights are quantized by another method: a config can name only one.
-    """
+def check_savable(model: nn.Module, weights: bool, base: str) -> None:
+    """Raise `ModelError` for what `write_config` cannot write, before anything is written."""
     other = getattr(model.config, "quantization_config", None)
     if weights and other is not None and not isinstance(other, TQCompressConfig):
         raise ModelError(
             f"the weights are quantized with {getattr(other, 'quant_method', other)}, and a config holds one method; "
             "save without weights"
         )
+    if not weights and not base:
+        raise ModelError("the model was not loaded from anywhere; save with weights=True or name its base=")
+
+
+def write_config(model: nn.Module, path: Path, weights: bool, base: str) -> None:
+    """Write `config.json` (and the weights) so that from_pretrained finds the artifact beside it."""
     if weights:
         model.save_pretrained(path)
         config = json.loads((path / "config.json").read_text())

@@ -4,8 +4,8 @@ Every problem is a `RecipeError` that names the file, the path inside it, what w
 allowed. Keys whose implementation is not there yet are part of the schema and refused, never ignored.
 """
 
-from collections.abc import Hashable
 import re
+from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,7 +69,9 @@ def _check_layers(given: Any) -> Any:
     for selector in given if isinstance(given, list) else [given]:
         is_index = isinstance(selector, int) and not isinstance(selector, bool)
         if not is_index and not (isinstance(selector, str) and _LAYERS.fullmatch(selector)):
-            raise ValueError(f'found {selector!r}; allowed: an index, a range "a-b", odd, even, all, or a list of these')
+            raise ValueError(
+                f'found {selector!r}; allowed: an index, a range "a-b", odd, even, all, or a list of these'
+            )
     if given == []:
         raise ValueError("found an empty list; allowed: leave the key out to mean all layers")
     return given
