@@ -98,10 +98,11 @@ class Compression(nn.Module):
         self.compress_layers(cache, given.get("attention_mask"))
         return (), given
 
-    def compress_layers(self, cache: Cache, attention_mask: torch.Tensor | None = None) -> None:
+    def compress_layers(self, cache: Cache, attention_mask: Any = None) -> None:
         """Replace the empty layers of `cache` that the plan compresses. Raises `ModelError` on foreign tokens.
 
-        `attention_mask` `[batch, tokens]` tells how far the prompts of a batch are padded on the left.
+        `attention_mask` (`[batch, tokens]`, or what generate() made of it) tells how far each prompt is padded
+        on the left.
         """
         if cache.layer_class_to_replicate is DynamicLayer:  # a DynamicCache() made without a config
             cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(self.plan.model.layers))]
@@ -129,14 +130,21 @@ class Compression(nn.Module):
                     f"{owner}; start from an empty cache"
                 )
             cache.layers[index] = CompressedLayer(codecs, getattr(layer, "max_cache_len", None))
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if attention_mask is not None:
             self._note_padding(cache, attention_mask)
 
-    def _note_padding(self, cache: Cache, attention_mask: torch.Tensor) -> None:
+    def _note_padding(self, cache: Cache, attention_mask: "torch.Tensor | dict[str, torch.Tensor]") -> None:
         """Tell the layers of an empty cache where each prompt begins: the sinks are its first real tokens."""
         layers = [cache.layers[index] for index in self.layers]
         if any(not isinstance(layer, CompressedLayer) or layer.get_seq_length() for layer in layers):
             return
+        if isinstance(attention_mask, dict):  # one mask for each kind of layer, made by generate()
+            attention_mask = attention_mask.get("full_attention")
+        if attention_mask is None:
+            return
+        if attention_mask.dim() == 4:  # the last token of a prompt sees all of it but the padding
+            attention_mask = attention_mask[:, 0, -1]
+            attention_mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         padding = attention_mask.long().argmax(1)
         for layer in layers:
             layer.padding = padding if padding.any() else None
