@@ -496,4 +496,4 @@ def test_exact_is_bit_exact(dtype, bits):
     decoded = codec.decode(codec.encode(x)).to(dtype)
     as_int = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(decoded.view(as_int), x.view(as_int))
-    assert codec.layout().nbytes_per_token == 45 * bits / 8
+    assert codec.layout().nbytes_per_token == 45 * dtype.itemsize

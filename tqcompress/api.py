@@ -1,158 +1,19 @@
-"""apply, remove, save, load: the only place that wires the parts to a model.
+"""apply, remove, save, load: the only place that wires the parts to a model."""
 
-Two official levers of transformers are used and nothing is patched: a forward pre-hook on the decoder, which
-puts `CompressedLayer`s into the cache it is given, and the registered attention function "tqcompress".
-"""
-
-import inspect
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from . import artifacts, attention, blockwise
-from .cache import CompressedLayer
+from . import artifacts
+from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
-from .plan import SIDES, Plan, build_codec
+from .plan import Plan
 from .recipe import Recipe
 from .registry import plugins
 from .resolve import resolve
 from .shape import ModelShape
-from .view import Backend, GroupCodecs, LayerCodecs
-
-MODULE = "tqcompress"  # the submodule of a model that holds its codecs
-
-
-class Compression(nn.Module):
-    """Everything tqcompress holds for a model: recipe, plan, codecs, and how to undo it."""
-
-    def __init__(self, recipe: Recipe, plan: Plan, devices: dict[int, torch.device]):
-        super().__init__()
-        self.recipe, self.plan = recipe, plan
-        self.codecs = nn.ModuleDict()
-        self.layers: dict[int, LayerCodecs] = {}
-        for index, shape in enumerate(plan.model.layers):
-            groups = []
-            for j, group in enumerate(plan.layer_groups(index)):
-                device = devices.get(index, torch.device("cpu"))
-                sides = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES}
-                pair = self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
-                backend = _backend(group, pair, device)
-                groups.append(GroupCodecs(group.heads, pair["key"], pair["value"], backend))
-            if groups:
-                self.layers[index] = LayerCodecs(
-                    index, tuple(groups), shape.num_kv_heads, shape.head_dim, plan.sinks, plan.window, plan.block(index)
-                )
-        self.arguments: list[str] = []  # of the decoder's forward, in order
-        self.hook = self.previous_attention = None
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The tensors of the artifact: `layers.{i}.g{j}.{key|value}.{name}`."""
-        return {
-            "layers.{}.g{}.{}.{}".format(*key.split("-"), side, name): tensor
-            for key, pair in self.codecs.items()
-            for side, codec in pair.items()
-            for name, tensor in codec.state().items()
-        }
-
-    def attach(self, model: nn.Module) -> None:
-        """Select the attention and hook the decoder. Raises `ModelError` if the model hard-codes its attention."""
-        attention.register()
-        self.previous_attention = model.config._attn_implementation
-        decoder = model.get_decoder()
-        arguments = list(inspect.signature(decoder.forward).parameters)
-        if "past_key_values" not in arguments:
-            raise ModelError(f"{type(decoder).__name__} takes no past_key_values; tqcompress cannot give it a cache")
-        if not model._can_set_attn_implementation():
-            raise ModelError(
-                f"{type(model).__name__} hard-codes its attention instead of asking transformers' AttentionInterface "
-                "for it; tqcompress cannot read a compressed cache there"
-            )
-        model.set_attn_implementation(attention.NAME)
-        self.arguments = arguments
-        self.hook = decoder.register_forward_pre_hook(self.prepare_cache, with_kwargs=True)
-        model.add_module(MODULE, self)
-
-    def detach(self, model: nn.Module) -> None:
-        """Undo `attach`."""
-        self.hook.remove()
-        model.set_attn_implementation(self.previous_attention)
-        delattr(model, MODULE)
-        model.__dict__.pop("_cache", None)  # older transformers keep the last static cache here
-
-    def prepare_cache(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        """Forward pre-hook: put compressed layers into the cache, making one if the decoder would."""
-        given = dict(zip(self.arguments, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
-        if cache is None:
-            use_cache = given.get("use_cache")
-            if not (decoder.config.use_cache if use_cache is None else use_cache):
-                return None
-            if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-                return None  # the decoder will not use a cache
-            cache = DynamicCache(config=decoder.config)
-            given["past_key_values"] = cache
-        self.compress_layers(cache, given.get("attention_mask"))
-        return (), given
-
-    def compress_layers(self, cache: Cache, attention_mask: Any = None) -> None:
-        """Replace the empty layers of `cache` that the plan compresses. Raises `ModelError` on foreign tokens.
-
-        `attention_mask` (`[batch, tokens]`, or what generate() made of it) tells how far each prompt is padded
-        on the left.
-        """
-        if cache.layer_class_to_replicate is DynamicLayer:  # a DynamicCache() made without a config
-            cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(self.plan.model.layers))]
-            cache.layer_class_to_replicate = None
-        for index, layer in enumerate(cache.layers):
-            codecs = self.layers.get(index)
-            if codecs is None:
-                # transformers makes one mask for all full-attention layers: the exact ones must be as long as ours.
-                if type(layer) is StaticLayer and not layer.is_initialized:
-                    cache.layers[index] = DynamicLayer()
-                continue
-            if isinstance(layer, CompressedLayer) and layer.codecs is codecs:
-                continue
-            if not isinstance(layer, CompressedLayer) and type(layer) not in (DynamicLayer, StaticLayer):
-                if type(layer).__module__ == "transformers.cache_utils":
-                    kind = type(layer).__name__
-                    warnings.warn(
-                        f"the given cache holds {kind}s; they are used as they are, uncompressed", stacklevel=2
-                    )
-                continue  # a cache layer of somebody else's, chosen on purpose
-            if int(layer.get_seq_length()) > 0:
-                owner = "another compression" if isinstance(layer, CompressedLayer) else "no compression"
-                raise ModelError(
-                    f"layer {index} of the given cache already holds {int(layer.get_seq_length())} tokens made with "
-                    f"{owner}; start from an empty cache"
-                )
-            cache.layers[index] = CompressedLayer(codecs, getattr(layer, "max_cache_len", None))
-        if attention_mask is not None:
-            self._note_padding(cache, attention_mask)
-
-    def _note_padding(self, cache: Cache, attention_mask: "torch.Tensor | dict[str, torch.Tensor]") -> None:
-        """Tell the layers of an empty cache where each prompt begins: the sinks are its first real tokens."""
-        layers = [cache.layers[index] for index in self.layers]
-        if any(not isinstance(layer, CompressedLayer) or layer.get_seq_length() for layer in layers):
-            return
-        if isinstance(attention_mask, dict):  # one mask for each kind of layer, made by generate()
-            attention_mask = attention_mask.get("full_attention")
-        if attention_mask is None:
-            return
-        if attention_mask.dim() == 4:  # the last token of a prompt sees all of it but the padding
-            attention_mask = attention_mask[:, 0, -1]
-            attention_mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        padding = attention_mask.long().argmax(1)
-        for layer in layers:
-            layer.padding = padding if padding.any() else None
-
-
-def _backend(group, pair: nn.ModuleDict, device: torch.device) -> Backend:
-    found = plugins().hook.tqcompress_backend(group=group, codecs=pair, device=device)
-    return found or Backend("torch", blockwise.attend, f"no fused kernel is installed for {device.type}")
 
 
 def apply(model: nn.Module, recipe: "Recipe | str | Path | dict") -> Plan:

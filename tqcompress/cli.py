@@ -18,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 
 from . import api, report
 from .artifacts import FILE_NAME, read
+from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
 from .models import ALIASES, load_model, load_shape
@@ -162,7 +163,7 @@ def inspect(
     """Show what each layer and KV head gets, and what it costs, without loading weights."""
     if (Path(what) / FILE_NAME).is_file() or Path(what).name == FILE_NAME:
         artifact = read(Path(what))
-        compression = api.Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
+        compression = Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
         artifact.restore(compression.state())
     elif model is None:
         raise TQCompressError(
@@ -170,7 +171,7 @@ def inspect(
         )
     else:
         recipe = Recipe.load(what)
-        compression = api.Compression(recipe, resolve(recipe, load_shape(model), what), {})
+        compression = Compression(recipe, resolve(recipe, load_shape(model), what), {})
     console.print(report.plan_table(compression))
     console.print(report.cost_table(compression.plan))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import attention
-from .api import Compression
+from .compression import Compression
 from .errors import ModelError, TQCompressError
 from .plan import packed_tokens
 from .view import KVView, LayerCodecs, take_heads

@@ -6,8 +6,8 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
-from .api import Compression
 from .codec import TensorSpec
+from .compression import Compression
 from .evaluate import Quality
 from .plan import SIDES, Plan
 from .registry import Source
@@ -59,13 +59,13 @@ def quality_table(results: list[Quality], text: str) -> Table:
     first = results[0]
     title = f"{text}, {first.tokens:,} tokens; uncompressed perplexity {first.perplexity_uncompressed:.3f}"
     table = Table(title=title, title_justify="left")
-    table.add_column("recipe")
-    for column in ("bits here", "format bits", "perplexity", "mean KL", "KL p99", "same top-1"):
+    table.add_column("recipe", no_wrap=True)
+    for column in ("bits", "format bits", "perplexity", "mean KL", "KL p99", "top-1"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
-            r.recipe, f"{r.effective_bits:.3f}", f"{r.format_bits:.3f}", f"{r.perplexity:.3f}",
-            f"{r.kl_mean:.4f} ± {r.kl_stderr:.4f}", f"{r.kl_p99:.3f}", f"{r.top1:.1%}",
+            r.recipe, f"{r.effective_bits:.2f}", f"{r.format_bits:.2f}", f"{r.perplexity:.2f}",
+            f"{r.kl_mean:.4f}±{r.kl_stderr:.4f}", f"{r.kl_p99:.2f}", f"{r.top1:.1%}",
         )  # fmt: skip
     return table
 
