@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import ModelError
+from .errors import ModelError, TQCompressError
 from .shape import ModelShape
 
 
@@ -66,11 +67,9 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
     source = find_model(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "auto")
-    try:
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
-    except OSError as error:
-        raise ModelError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -79,10 +78,21 @@ def load_shape(name: str) -> ModelShape:
     from transformers import AutoConfig
 
     source = find_model(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(source.path, **source.kwargs)
+    return ModelShape.of(config)
+
+
+@contextmanager
+def _loading(name: str):
+    """Turn transformers' ways of failing to load into a `ModelError` of one line."""
     try:
-        return ModelShape.of(AutoConfig.from_pretrained(source.path, **source.kwargs))
-    except OSError as error:
-        raise ModelError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        yield
+    except TQCompressError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name}: cannot be loaded: {reason}") from error
 
 
 def cache_directory() -> Path:
@@ -103,7 +113,8 @@ def _find_alias(name: str, alias: Alias) -> ModelSource:
         raise ModelError(
             f"{name}: the package {alias.package} holds no {alias.file}; install the extra tqcompress[demo]"
         )
-    _convert(folder, alias.file, converted)
+    with _loading(name):
+        _convert(folder, alias.file, converted)
     return ModelSource(str(converted))
 
 
