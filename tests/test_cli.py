@@ -34,6 +34,7 @@ def llama(tmp_path):
         (["apply", "balanced", "--model", "llama", "--max-tokens", "many"], "--max-tokens"),
         (["apply", "balanced", "--model", "llama", "--text", "nope"], "nope: no such text file"),
         (["eval", "balanced", "nope", "--model", "llama"], "nope: no such file"),
+        (["eval", "--model", "llama"], "recipes"),
         (["inspect", "balanced"], "give --model"),
         (["inspect", "/nope"], "/nope"),
         (["bogus"], "bogus"),

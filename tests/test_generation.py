@@ -162,11 +162,11 @@ def test_static_cache(name, chunk):
 
 
 @pytest.mark.parametrize("skipped", [0, 1, -1])
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_layers_that_stay_exact(skipped, cache):
+@pytest.mark.parametrize(("cache", "chunk"), [("static", None), ("static", 16), ("dynamic", None)])
+def test_layers_that_stay_exact(skipped, cache, chunk):
     recipe = lossless(rules=[{"layers": skipped, "skip": True}])
     ids, mask = padded_batch()
-    settings = {"cache_implementation": cache, "disable_compile": True}
+    settings = {"cache_implementation": cache, "prefill_chunk_size": chunk, "disable_compile": True}
     assert_same_tokens(*pair("llama", recipe), ids, attention_mask=mask, **settings)
 
 

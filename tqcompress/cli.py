@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from . import api, report
@@ -34,7 +35,10 @@ console = Console()
 RecipeArg = Annotated[str, typer.Argument(help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")]
 ModelOpt = Annotated[str, typer.Option(help=f"hub id, directory, .gguf file, or alias: {', '.join(ALIASES)}")]
 TextOpt = Annotated[str, typer.Option(help=f"UTF-8 file to measure on, or a shipped text: {', '.join(SHIPPED)}")]
-WindowOpt = Annotated[int, typer.Option(min=2, help="measure in independent windows of this many tokens")]
+WindowOpt = Annotated[
+    int | None,
+    typer.Option(min=2, help="measure in independent windows of this many tokens; default: 2048, or the context"),
+]
 TokensOpt = Annotated[int, typer.Option(min=2, help="measure on the first tokens of the text only")]
 JsonOpt = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
 DeviceOpt = Annotated[str | None, typer.Option(help="default: cuda if there is one, else cpu")]
@@ -67,7 +71,7 @@ def apply(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the sample output")] = 48,
     text: TextOpt = "constitution",
     max_tokens: TokensOpt = 2048,
-    window_tokens: WindowOpt = 2048,
+    window_tokens: WindowOpt = None,
     json_file: JsonOpt = None,
     device: DeviceOpt = None,
     dtype: DtypeOpt = None,
@@ -85,9 +89,10 @@ def apply(
         bar.update(step, description="generating, uncompressed")
         before = _generate(loaded, tokenizer, inputs, max_new_tokens)
         ids = _token_ids(tokenizer, content, max_tokens)
-        bar.update(step, description="measuring", total=passes(len(ids), window_tokens, 1), completed=0)
+        window = window_tokens or _default_window(loaded)
+        bar.update(step, description="measuring", total=passes(len(ids), window, 1), completed=0)
         name = compression.recipe.name
-        quality = evaluate(loaded, ids, {name: compression}, window_tokens, lambda: bar.advance(step))[0]
+        quality = evaluate(loaded, ids, {name: compression}, window, lambda: bar.advance(step))[0]
 
         bar.update(step, description="generating, compressed", total=None)
         api.attach(loaded, compression)
@@ -134,7 +139,7 @@ def evaluate_command(
     model: ModelOpt,
     text: TextOpt = "constitution",
     max_tokens: TokensOpt = 8192,
-    window_tokens: WindowOpt = 2048,
+    window_tokens: WindowOpt = None,
     json_file: JsonOpt = None,
     device: DeviceOpt = None,
     dtype: DtypeOpt = None,
@@ -147,10 +152,13 @@ def evaluate_command(
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
         compressions = {_label(recipe): api.plan_compression(loaded, recipe) for recipe in recipes}
+        if len(compressions) < len(recipes):
+            raise TQCompressError(f"two of the recipes have the same name: {', '.join(map(_label, recipes))}")
         ids = _token_ids(tokenizer, content, max_tokens)
-        total = passes(len(ids), window_tokens, len(compressions))
+        window = window_tokens or _default_window(loaded)
+        total = passes(len(ids), window, len(compressions))
         bar.update(step, description="measuring", total=total, completed=0)
-        results = evaluate(loaded, ids, compressions, window_tokens, lambda: bar.advance(step))
+        results = evaluate(loaded, ids, compressions, window, lambda: bar.advance(step))
     console.print(report.quality_table(results, text))
     _write_json(json_file, [result.to_dict() for result in results])
 
@@ -206,9 +214,15 @@ def main(argv: list[str] | None = None, program: str = "tqcompress") -> None:
 
 
 def _progress() -> Progress:
+    """A progress bar on a terminal's standard error, in place of transformers' own."""
+    logging.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     errors = Console(stderr=True)  # results alone go to standard output
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+
+
+def _default_window(model: Any) -> int:
+    return min(2048, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
 
 
 def _label(recipe: str) -> str:

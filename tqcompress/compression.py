@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from . import attention, blockwise
 from .cache import CompressedLayer
 from .errors import ModelError
-from .plan import SIDES, Plan, build_codec
+from .plan import SIDES, Group, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
 from .view import Backend, GroupCodecs, LayerCodecs
@@ -108,7 +108,7 @@ class Compression(nn.Module):
             codecs = self.layers.get(index)
             if codecs is None:
                 # transformers makes one mask for all full-attention layers: the exact ones must be as long as ours.
-                if type(layer) is StaticLayer and not layer.is_initialized:
+                if type(layer) is StaticLayer and int(layer.get_seq_length()) == 0:
                     cache.layers[index] = DynamicLayer()
                 continue
             if isinstance(layer, CompressedLayer) and layer.codecs is codecs:
@@ -116,9 +116,7 @@ class Compression(nn.Module):
             if not isinstance(layer, CompressedLayer) and type(layer) not in (DynamicLayer, StaticLayer):
                 if type(layer).__module__ == "transformers.cache_utils":
                     kind = type(layer).__name__
-                    warnings.warn(
-                        f"the given cache holds {kind}s; they are used as they are, uncompressed", stacklevel=2
-                    )
+                    warnings.warn(f"the given cache holds a {kind}; it is used as it is, uncompressed", stacklevel=2)
                 continue  # a cache layer of somebody else's, chosen on purpose
             if int(layer.get_seq_length()) > 0:
                 owner = "another compression" if isinstance(layer, CompressedLayer) else "no compression"
@@ -147,6 +145,7 @@ class Compression(nn.Module):
             layer.padding = padding if padding.any() else None
 
 
-def _backend(group, pair: nn.ModuleDict, device: torch.device) -> Backend:
+def _backend(group: Group, pair: nn.ModuleDict, device: torch.device) -> Backend:
+    """What reads the group's packed tokens, decided here once and for all."""
     found = plugins().hook.tqcompress_backend(group=group, codecs=pair, device=device)
     return found or Backend("torch", blockwise.attend, f"no fused kernel is installed for {device.type}")
