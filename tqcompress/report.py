@@ -60,7 +60,7 @@ def quality_table(results: list[Quality], text: str) -> Table:
     title = f"{text}, {first.tokens:,} tokens; uncompressed perplexity {first.perplexity_uncompressed:.3f}"
     table = Table(title=title, title_justify="left")
     table.add_column("recipe", no_wrap=True)
-    for column in ("bits", "format bits", "perplexity", "mean KL", "KL p99", "top-1"):
+    for column in ("bits", "format", "ppl", "mean KL", "KL p99", "top-1"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
