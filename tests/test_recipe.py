@@ -3,47 +3,14 @@
 import re
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipe_helpers import BASE, SOURCE, bits, plan_of, shape
 
-from tqcompress import Recipe, RecipeError, TensorSpec
-from tqcompress.plan import Plan
+from tqcompress import Recipe, RecipeError
 from tqcompress.recipe import shipped_recipes
 from tqcompress.resolve import resolve
-from tqcompress.shape import LayerShape, ModelShape
-
-BASE = {"version": 1, "key": {"bits": 3}, "value": {"bits": 2}}
-SOURCE = "my.yaml"
-
-
-def shape(kinds: str = "ffffff", heads: int = 4, head_dim: int = 64) -> ModelShape:
-    """A model of full (f) and sliding (s) attention layers."""
-    layers = {
-        "f": LayerShape("full", 2 * heads, heads, head_dim),
-        "s": LayerShape("sliding", 2 * heads, heads, head_dim, 32),
-    }
-    return ModelShape("tiny", "llama", torch.bfloat16, tuple(layers[kind] for kind in kinds), "None")
-
-
-def plan_of(model: ModelShape | None = None, **changes) -> Plan:
-    """What BASE with some keys changed means for a model."""
-    return resolve(Recipe.parse(BASE | changes, SOURCE), model or shape(), SOURCE)
-
-
-def spec(plan: Plan, layer: int, head: int, side: str) -> TensorSpec | None:
-    """What one side of a head gets; None if its layer stays exact."""
-    for group in plan.layer_groups(layer):
-        if head in group.heads:
-            return getattr(group, side)
-    return None
-
-
-def bits(plan: Plan, side: str, head: int = 0) -> list:
-    """The bits of one head in every layer."""
-    specs = [spec(plan, layer, head, side) for layer in range(len(plan.model.layers))]
-    return [s and s.bits for s in specs]
 
 
 def check(message: str, source: str, *parts: str) -> None:
@@ -341,128 +308,3 @@ def test_dump_is_short_and_says_the_version():
     text = Recipe.parse(BASE).dump()
     assert yaml.safe_load(text) == BASE
     assert re.search(r"^version: 1$", text, re.MULTILINE)
-
-
-# --------------------------------------------------------------------------------------------------- rules
-
-SELECTORS = {
-    "int": (1, [1]),
-    "negative": (-1, [5]),
-    "most_negative": (-6, [0]),
-    "text": ("2", [2]),
-    "negative_text": ("-2", [4]),
-    "range": ("1-3", [1, 2, 3]),
-    "range_of_one": ("3-3", [3]),
-    "odd": ("odd", [1, 3, 5]),
-    "even": ("even", [0, 2, 4]),
-    "all": ("all", [0, 1, 2, 3, 4, 5]),
-    "list": ([0, -1, "2-3"], [0, 2, 3, 5]),
-}
-
-
-@pytest.mark.parametrize(("selector", "layers"), SELECTORS.values(), ids=SELECTORS)
-def test_layer_selectors(selector, layers):
-    plan = plan_of(rules=[{"layers": selector, "key": {"bits": 4}}])
-    assert bits(plan, "key") == [4 if layer in layers else 3 for layer in range(6)]
-    assert bits(plan, "value") == [2] * 6
-
-
-def test_a_rule_without_layers_covers_all():
-    assert bits(plan_of(rules=[{"key": {"bits": 5}}]), "key") == [5] * 6
-
-
-@pytest.mark.parametrize(("heads", "changed"), [(2, [2]), ([0, 3], [0, 3])])
-def test_heads(heads, changed):
-    plan = plan_of(rules=[{"layers": 1, "heads": heads, "value": {"bits": 4}}])
-    assert [spec(plan, 1, head, "value").bits for head in range(4)] == [4 if h in changed else 2 for h in range(4)]
-    assert {spec(plan, 0, head, "value").bits for head in range(4)} == {2}
-
-
-def test_keys_and_values_apart():
-    plan = plan_of(
-        rules=[{"layers": 0, "key": {"bits": 4}}, {"layers": 1, "value": {"bits": 4}}],
-    )
-    assert bits(plan, "key") == [4, 3, 3, 3, 3, 3]
-    assert bits(plan, "value") == [2, 4, 2, 2, 2, 2]
-
-
-def test_later_rules_win():
-    plan = plan_of(
-        rules=[
-            {"layers": "0-3", "key": {"bits": 4}},
-            {"layers": "2-5", "key": {"bits": 5}},
-            {"layers": 3, "heads": 1, "key": {"bits": 6}},
-        ]
-    )
-    assert bits(plan, "key") == [4, 4, 5, 5, 5, 5]
-    assert bits(plan, "key", head=1) == [4, 4, 5, 6, 5, 5]
-
-
-def test_rules_change_only_the_keys_they_give():
-    plan = plan_of(key={"bits": 3, "seed": 7, "rotation": "dense"}, rules=[{"layers": 0, "key": {"seed": 8}}])
-    assert spec(plan, 0, 0, "key") == TensorSpec("turboquant", 3, {"seed": 8, "rotation": "dense"})
-    assert spec(plan, 1, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7, "rotation": "dense"})
-
-
-def test_skipped_layers_stay_exact_and_say_why():
-    plan = plan_of(rules=[{"layers": 1, "key": {"bits": 4}}, {"layers": [0, -1], "skip": True}])
-    assert bits(plan, "key") == [None, 4, 3, 3, 3, None]
-    assert plan.exact == {0: "skipped by rules[1]", 5: "skipped by rules[1]"}
-
-
-def test_a_later_rule_brings_a_skipped_layer_back():
-    plan = plan_of(rules=[{"layers": "0-2", "skip": True}, {"layers": 1, "key": {"bits": 4}}])
-    assert bits(plan, "key") == [None, 4, None, 3, 3, 3]
-
-
-def test_skipped_heads_become_an_exact_group():
-    plan = plan_of(rules=[{"layers": 0, "heads": 1, "skip": True}, {"layers": 0, "heads": 3, "skip": True}])
-    groups = {group.heads: group for group in plan.layer_groups(0)}
-    assert groups.keys() == {(0, 2), (1, 3)}
-    assert groups[1, 3].key == groups[1, 3].value == TensorSpec("exact", 32)  # enough for any dtype
-    assert 0 not in plan.exact
-
-
-def test_skipping_all_heads_one_by_one_is_skipping_the_layer():
-    plan = plan_of(rules=[{"layers": 0, "heads": [0, 1, 2], "skip": True}, {"layers": 0, "heads": 3, "skip": True}])
-    assert plan.layer_groups(0) == []
-    assert 0 in plan.exact
-
-
-def test_skipping_everything_is_refused():
-    with pytest.raises(ValueError, match=r"tiny: nothing to compress.*skipped by rules\[0\]"):
-        plan_of(rules=[{"skip": True}])
-
-
-def test_another_quantizer_drops_the_old_ones_options_but_keeps_bits():
-    plan = plan_of(
-        key={"bits": 3, "seed": 7, "rotation": "dense"},
-        rules=[{"layers": 0, "quantizer": "affine"}, {"layers": 1, "key": {"quantizer": "affine", "group": 16}}],
-    )
-    assert spec(plan, 0, 0, "key") == TensorSpec("affine", 3)
-    assert spec(plan, 0, 0, "value") == TensorSpec("affine", 2)
-    assert spec(plan, 1, 0, "key") == TensorSpec("affine", 3, {"group": 16})
-    assert spec(plan, 1, 0, "value") == TensorSpec("turboquant", 2)
-    assert spec(plan, 2, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7, "rotation": "dense"})
-
-
-def test_naming_the_same_quantizer_again_keeps_its_options():
-    plan = plan_of(key={"bits": 3, "seed": 7}, rules=[{"layers": 0, "quantizer": "turboquant"}])
-    assert spec(plan, 0, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7})
-
-
-def test_a_sides_own_quantizer_beats_that_of_the_rule_and_of_the_recipe():
-    plan = plan_of(
-        quantizer="affine",
-        key={"bits": 3, "quantizer": "turboquant", "seed": 7},
-        rules=[{"layers": 0, "quantizer": "turboquant", "value": {"quantizer": "exact", "bits": 16}}],
-    )
-    assert spec(plan, 1, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7})
-    assert spec(plan, 1, 0, "value") == TensorSpec("affine", 2)
-    assert spec(plan, 0, 0, "value") == TensorSpec("exact", 16)
-    assert spec(plan, 0, 0, "key") == TensorSpec("turboquant", 3, {"seed": 7})
-
-
-def test_keep_reaches_the_plan():
-    plan = plan_of(keep={"sinks": 2, "window": 7})
-    assert (plan.sinks, plan.window) == (2, 7)

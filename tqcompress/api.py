@@ -67,6 +67,7 @@ def save(
     from .hf import check_savable, write_config
 
     base = base or model.config._name_or_path
+    base = str(Path(base).resolve()) if Path(base or "-").is_dir() else base  # a relative path would not travel far
     check_savable(model, weights, base)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
