@@ -104,6 +104,7 @@ sizes = {
     "mask": st.sampled_from(["causal", "bool", "float", "heads"]),
     "softcap": st.sampled_from([None, 2.0, 30.0]),
     "workspace": st.sampled_from([1, 3000, 20000, 1 << 25]),
+    "at_once": st.sampled_from([1, 2, 4, 256]),
     "seed": st.integers(0, 2**31),
 }
 
@@ -117,7 +118,7 @@ sizes = {
     **sizes,
 )
 def test_attend(
-    specs, sinks, packed, recent, batch, heads, share, queries, dim, mask, softcap, workspace, seed
+    specs, sinks, packed, recent, batch, heads, share, queries, dim, mask, softcap, workspace, at_once, seed
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     recent = max(recent, queries)  # the new tokens are always among the recent ones
@@ -127,13 +128,14 @@ def test_attend(
     mask = make_mask(mask, batch, heads * share, queries, key.shape[2], generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "WORKSPACE_BYTES", workspace)
+        patch.setattr(blockwise, "QUERIES_AT_ONCE", at_once)
         output, lse = blockwise.attend(query, view, mask, scaling, softcap)
     check(output, lse, query, key, value, mask, scaling, softcap)
 
 
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 50), **sizes)
-def test_attend_exact(tokens, batch, heads, share, queries, dim, mask, softcap, workspace, seed):
+def test_attend_exact(tokens, batch, heads, share, queries, dim, mask, softcap, workspace, at_once, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = max(tokens, queries)
     key, value = (torch.randn(batch, heads, tokens, dim, generator=generator) for _ in range(2))
@@ -141,6 +143,7 @@ def test_attend_exact(tokens, batch, heads, share, queries, dim, mask, softcap, 
     mask = make_mask(mask, batch, heads * share, queries, tokens, generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "WORKSPACE_BYTES", workspace)
+        patch.setattr(blockwise, "QUERIES_AT_ONCE", at_once)
         output, lse = blockwise.attend_exact(query, key, value, mask, 0.3, softcap)
     check(output, lse, query, key.double(), value.double(), mask, 0.3, softcap)
 

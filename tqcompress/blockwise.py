@@ -5,12 +5,16 @@ decoded: workspace is bounded whatever the length. Softmax is accumulated online
 arXiv 1805.02867), in float32.
 """
 
+import math
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
 from .view import GroupView
 
-WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES = 64 << 20
+QUERIES_AT_ONCE = 256  # of a longer chunk, so that blocks of tokens stay long enough to be worth a matrix product
 
 
 def attend(
@@ -28,48 +32,78 @@ def attend(
         The output `[batch, heads, queries, head_dim]` and the log-sum-exp of the scores
         `[batch, heads, queries]`, both float32. A query that sees no token gets zeros and -inf.
     """
-    codecs, sinks, packed = view.codecs, view.sinks[0].shape[2], view.packed
-    tokens = sinks + packed + view.recent[0].shape[2]
-    kv_heads, share = view.sinks[0].shape[1], query.shape[1] // view.sinks[0].shape[1]
-    query = query.float().unflatten(1, (kv_heads, share))
-    scores_of = _Scores(mask, scaling, softcap, query.shape[3], tokens)
+    key, value, sinks = view.codecs.key, view.codecs.value, view.sinks[0].shape[2]
+    multiples = (key.layout().block, value.layout().block)
 
-    exact = _OnlineSoftmax(query)
-    for (key, value), offset in ((view.sinks, 0), (view.recent, sinks + packed)):
-        for start, stop in _blocks(key.shape[2], query, key.shape[3]):
-            block = key[:, :, start:stop].float()
-            exact.add(scores_of(query, block, offset + start), value[:, :, start:stop].float())
+    def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
+        exact = _OnlineSoftmax(query)
+        _add_exact(exact, query, *view.sinks, scores_of, 0)
+        _add_exact(exact, query, *view.recent, scores_of, sinks + view.packed)
+        rotated, coded = key.rotate(query), _OnlineSoftmax(query)
+        for start, stop in _blocks(view.packed, query, *multiples):
+            block = key.decode_rotated(view.key.read(start, stop))
+            scores = scores_of(rotated, block, sinks + start)
+            coded.add(scores, value.decode_rotated(view.value.read(start, stop)))
+        coded.total = value.unrotate(coded.total)
+        return exact.merged(coded)
 
-    rotated = codecs.key.rotate(query)
-    coded = _OnlineSoftmax(query)
-    for start, stop in _blocks(packed, query, query.shape[4], codecs.key.layout().block, codecs.value.layout().block):
-        block = codecs.key.decode_rotated(view.key.read(start, stop))
-        coded.add(scores_of(rotated, block, sinks + start), codecs.value.decode_rotated(view.value.read(start, stop)))
-    coded.total = codecs.value.unrotate(coded.total)
-
-    output, lse = exact.merged(coded)
-    return output.flatten(1, 2), lse.flatten(1, 2)
+    tokens = sinks + view.packed + view.recent[0].shape[2]
+    return _in_parts(part, query, view.sinks[0].shape[1], tokens, mask, scaling, softcap)
 
 
 def attend_exact(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same over ordinary key and value tensors `[batch, kv_heads, tokens, head_dim]`."""
-    query = query.float().unflatten(1, (key.shape[1], -1))
-    scores_of = _Scores(mask, scaling, softcap, query.shape[3], key.shape[2])
-    softmax = _OnlineSoftmax(query)
-    for start, stop in _blocks(key.shape[2], query, key.shape[3]):
-        softmax.add(scores_of(query, key[:, :, start:stop].float(), start), value[:, :, start:stop].float())
-    output, lse = softmax.merged(_OnlineSoftmax(query))
+
+    def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
+        softmax = _OnlineSoftmax(query)
+        _add_exact(softmax, query, key, value, scores_of, 0)
+        return softmax.merged(_OnlineSoftmax(query))
+
+    return _in_parts(part, query, key.shape[1], key.shape[2], mask, scaling, softcap)
+
+
+def _in_parts(
+    part: Callable,
+    query: Tensor,
+    kv_heads: int,
+    tokens: int,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`part` on up to `QUERIES_AT_ONCE` queries at a time, as `[batch, kv_heads, share, queries, head_dim]`."""
+    outputs, first = [], tokens - query.shape[2]
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        stop = min(start + QUERIES_AT_ONCE, query.shape[2])
+        rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        some = query[:, :, start:stop].float().unflatten(1, (kv_heads, -1))
+        outputs.append(part(some, _Scores(rows, scaling, softcap, first + start)))
+    output, lse = (torch.cat(parts, dim=3) for parts in zip(*outputs, strict=True))
     return output.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _add_exact(
+    softmax: "_OnlineSoftmax", query: Tensor, key: Tensor, value: Tensor, scores_of: "_Scores", offset: int
+) -> None:
+    """Take in ordinary keys and values, the first of which is token `offset`."""
+    seen = min(key.shape[2], scores_of.reach(query.shape[3]) - offset)
+    for start, stop in _blocks(seen, query):
+        scores = scores_of(query, key[:, :, start:stop].float(), offset + start)
+        softmax.add(scores, value[:, :, start:stop].float())
 
 
 class _Scores:
     """Scaled, soft-capped, masked scores of a block of keys that starts at a given token."""
 
-    def __init__(self, mask: Tensor | None, scaling: float, softcap: float | None, queries: int, tokens: int):
+    def __init__(self, mask: Tensor | None, scaling: float, softcap: float | None, first_query: int):
         self.mask, self.scaling, self.softcap = mask, scaling, softcap
-        self.first_query = tokens - queries  # its position, for the causal rule
+        self.first_query = first_query  # its position, for the causal rule
+
+    def reach(self, queries: int) -> float:
+        """How many tokens the last of `queries` queries can see."""
+        return self.first_query + queries if self.mask is None else math.inf
 
     def __call__(self, query: Tensor, key: Tensor, start: int) -> Tensor:
         """`[batch, kv_heads, share, queries, block]` for query `[.., share, queries, d]` and keys `[.., block, d]`."""
@@ -117,9 +151,9 @@ class _OnlineSoftmax:
         return total / torch.where(mass == 0, 1.0, mass).unsqueeze(-1), anchor + mass.log()
 
 
-def _blocks(tokens: int, query: Tensor, head_dim: int, *multiples: int):
+def _blocks(tokens: int, query: Tensor, *multiples: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of blocks whose scores, keys and values fit the workspace."""
-    batch, kv_heads, share, queries, _ = query.shape
+    batch, kv_heads, share, queries, head_dim = query.shape
     a_token = 4 * batch * kv_heads * (3 * share * queries + 8 * head_dim)  # float32 scores, codes, keys, values
     size = max(1, WORKSPACE_BYTES // a_token)
     for multiple in multiples:
