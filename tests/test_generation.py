@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import TOLERANCE, lossless, prompt, rounding, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import tqcompress
 from tqcompress.cache import CompressedLayer
@@ -265,3 +265,18 @@ def test_lossy_recipe_differs():
     for name in MAIN:
         plain, lossy = pair(name, lossless(quantizer="turboquant", key={"bits": 1}, value={"bits": 1}))
         assert not torch.equal(generate(plain, prompt(30)), generate(lossy, prompt(30))), name
+
+
+def test_a_compiled_model_gives_the_same_logits():
+    """The compressed layers run eagerly inside a compiled forward pass."""
+    _, compressed = pair("llama")
+    ids = prompt(30)
+    compiled = torch.compile(compressed.forward, backend="eager")
+    with torch.no_grad():
+        caches = [StaticCache(config=compressed.config, max_cache_len=48) for _ in range(2)]
+        for cache in caches:
+            compressed(ids, past_key_values=cache)
+        for i in range(12):
+            step = ids[:, i : i + 1]
+            got, want = (f(step, past_key_values=c).logits for f, c in zip((compiled, compressed), caches, strict=True))
+            assert torch.equal(got, want)

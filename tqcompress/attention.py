@@ -48,13 +48,20 @@ def attention_forward(
         raise ModelError(f"{type(module).__name__}: attention dropout is on; call model.eval() first")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if compressed:
-        output, lse = _Opaque.apply(query, key, attention_mask, scaling, softcap)
+        output, lse = _attend_view(query, key, attention_mask, scaling, softcap)
     else:
         mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
         output, lse = attend_exact(query, key, value, mask, scaling, softcap)
     if s_aux is not None:  # one more score without a value: it only takes weight away
         output = output * torch.sigmoid(lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable  # as CompressedLayer.update: lengths that grow would compile anew at every step
+def _attend_view(
+    query: Tensor, view: KVView, mask: Tensor | None, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    return _Opaque.apply(query, view, mask, scaling, softcap)
 
 
 class _Opaque(torch.autograd.Function):
