@@ -9,6 +9,7 @@ from torch import nn
 from . import artifacts
 from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
+from .models import base_name
 from .plan import Plan
 from .recipe import Recipe
 from .registry import plugins
@@ -66,8 +67,7 @@ def save(
         raise ModelError("the model is not compressed; call tqcompress.apply(model, recipe) before save")
     from .hf import check_savable, write_config
 
-    base = base or model.config._name_or_path
-    base = str(Path(base).resolve()) if Path(base or "-").is_dir() else base  # a relative path would not travel far
+    base = base_name(base or model.config._name_or_path)
     check_savable(model, weights, base)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,8 @@ def write(directory: Path, recipe: Recipe, plan: Plan, state: dict[str, Tensor])
         "model_dtype": str(plan.model.dtype).removeprefix("torch."),
     }
     metadata["sha256"] = _digest(tensors, metadata)
-    _replace(directory / "recipe.yaml", recipe.dump().encode())
-    return _replace(directory / FILE_NAME, to_bytes(tensors, metadata))
+    replace_file(directory / "recipe.yaml", recipe.dump().encode())
+    return replace_file(directory / FILE_NAME, to_bytes(tensors, metadata))
 
 
 def read(path: Path) -> Artifact:
@@ -130,7 +130,8 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _replace(path: Path, content: bytes) -> Path:
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file that appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content)

@@ -33,13 +33,14 @@ def attention_forward(
     `ModelError` for what the compressed cache does not support: position biases, dropout.
     """
     compressed = isinstance(key, KVView)
+    if not compressed and attention_mask is not None:
+        # A static cache's mask is as wide as the cache, an empty cache's keys only as long as the prompt.
+        attention_mask = attention_mask[..., : key.shape[2]]
     if not compressed and softcap is None and s_aux is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        # A static cache's mask is as wide as the cache, an empty cache's keys only as long as the prompt.
-        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
         return sdpa_attention_forward(
-            module, query, key, value, mask,
+            module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
         )  # fmt: skip
     if position_bias is not None:
@@ -50,8 +51,7 @@ def attention_forward(
     if compressed:
         output, lse = _attend_view(query, key, attention_mask, scaling, softcap)
     else:
-        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
-        output, lse = attend_exact(query, key, value, mask, scaling, softcap)
+        output, lse = attend_exact(query, key, value, attention_mask, scaling, softcap)
     if s_aux is not None:  # one more score without a value: it only takes weight away
         output = output * torch.sigmoid(lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), None

@@ -33,7 +33,7 @@ def attend(
         `[batch, heads, queries]`, both float32. A query that sees no token gets zeros and -inf.
     """
     key, value, sinks = view.codecs.key, view.codecs.value, view.sinks[0].shape[2]
-    multiples = (key.layout().block, value.layout().block)
+    multiples = (view.key.layout.block, view.value.layout.block)
 
     def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
         exact = _OnlineSoftmax(query)

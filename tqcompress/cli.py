@@ -99,7 +99,7 @@ def apply(
         after = _generate(loaded, tokenizer, inputs, max_new_tokens)
         if out is not None:
             bar.update(step, description=f"saving to {out}")
-            api.save(loaded, out, weights=weights, tokenizer=tokenizer, base=_base(model))
+            api.save(loaded, out, weights=weights, tokenizer=tokenizer, base=model)
     seconds = time.perf_counter() - started
 
     console.print(report.cost_table(compression.plan))
@@ -197,12 +197,12 @@ def _complete_app() -> typer.Typer:
     return app
 
 
-def main(argv: list[str] | None = None, program: str = "tqcompress") -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line; an error of the user's is one line and exit status 2."""
     given = sys.argv[1:] if argv is None else argv
     words = [word for word in given if word != "--debug"]  # welcome anywhere on the line
     try:
-        sys.exit(_complete_app()(words or ["--help"], standalone_mode=False, prog_name=program))
+        sys.exit(_complete_app()(words or ["--help"], standalone_mode=False, prog_name="tqcompress"))
     except (TQCompressError, TyperException) as error:
         if "--debug" in given:
             traceback.print_exc()
@@ -227,11 +227,6 @@ def _default_window(model: Any) -> int:
 
 def _label(recipe: str) -> str:
     return Path(recipe).stem if Path(recipe).suffix else recipe
-
-
-def _base(model: str) -> str:
-    """How a saved directory names its base: aliases and hub ids as they are, paths in full."""
-    return str(Path(model).resolve()) if Path(model).exists() and model not in ALIASES else model
 
 
 def _token_ids(tokenizer: Any, content: str, max_tokens: int) -> torch.Tensor:

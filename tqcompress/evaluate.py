@@ -195,7 +195,8 @@ class _TeacherView(KVView):
         position = torch.arange(first, stop, device=query.device)[:, None]
         token = torch.arange(stop, device=query.device)
         c = self.codecs
-        packed = (position - c.window - c.sinks).clamp(min=0) // c.block * c.block
+        counts = [packed_tokens(i + 1, c.sinks, c.window, c.block) for i in range(first, stop)]
+        packed = torch.tensor(counts, device=query.device)[:, None]
         old = ((token >= c.sinks) & (token < c.sinks + packed)).repeat(query.shape[2] // queries, 1)
         seen = (token <= position).repeat(query.shape[2] // queries, 1)
         scores = torch.where(old, query @ decoded[0].transpose(-1, -2), query @ exact[0].transpose(-1, -2)) * scaling

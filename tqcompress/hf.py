@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .artifacts import FILE_NAME, _replace
+from .artifacts import FILE_NAME, replace_file
 from .errors import ArtifactError, ModelError
 
 METHOD = "tqcompress"
@@ -118,7 +118,7 @@ def write_config(model: nn.Module, path: Path, weights: bool, base: str) -> None
     else:
         dtype = str(model.dtype).removeprefix("torch.")
         config = {"model_type": METHOD, "base_model_name_or_path": base, "dtype": dtype}
-    _replace(path / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    replace_file(path / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _find_artifact(name: str, where: dict[str, Any]) -> Path:

@@ -57,6 +57,11 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name)
 
 
+def base_name(name: str) -> str:
+    """How a saved directory names its base model: aliases and hub ids as they are, paths in full."""
+    return str(Path(name).resolve()) if name and name not in ALIASES and Path(name).exists() else name
+
+
 def load_model(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """The model `name` in evaluation mode, and its tokenizer.
 

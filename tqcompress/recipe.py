@@ -65,6 +65,9 @@ def _check_version(given: Any) -> Any:
     return given
 
 
+_LAYERS = re.compile(r"all|odd|even|-?\d+|\d+-\d+")
+
+
 def _check_layers(given: Any) -> Any:
     for selector in given if isinstance(given, list) else [given]:
         is_index = isinstance(selector, int) and not isinstance(selector, bool)
@@ -84,9 +87,6 @@ def _check_heads(given: Any) -> Any:
     if given == []:
         raise ValueError("found an empty list; allowed: leave the key out to mean all KV heads")
     return given
-
-
-_LAYERS = re.compile(r"all|odd|even|-?\d+|\d+-\d+")
 
 
 class Rule(_Model):

@@ -3,6 +3,7 @@
 import math
 from itertools import groupby
 
+import torch
 from rich.table import Table
 from rich.text import Text
 
@@ -25,13 +26,11 @@ def costs(plan: Plan) -> list[dict[str, float]]:
     """Bits, bytes and ratio of a plan at each of `CONTEXTS`, exact tokens counted at 16 bits."""
     rows = []
     for tokens in CONTEXTS:
-        bits = plan.effective_bits(tokens)
-        dense = plan.dense_nbytes(tokens)
-        nbytes = round(dense * bits / 16)
+        dense, nbytes = plan.dense_nbytes(tokens), plan.nbytes(tokens, dtype=torch.bfloat16)
         rows.append(
             {
                 "tokens": tokens,
-                "effective_bits": bits,
+                "effective_bits": plan.effective_bits(tokens),
                 "bytes_per_token": nbytes / tokens,
                 "ratio_to_bf16": dense / nbytes,
                 "nbytes": nbytes,

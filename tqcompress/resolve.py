@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from .codec import HeadShape, TensorSpec
 from .errors import RecipeError
-from .plan import Group, Plan, footprint
+from .plan import SIDES, Group, Plan, footprint
 from .recipe import Recipe, Rule, Side, yaml_path
 from .registry import plugins
 from .shape import ModelShape
@@ -70,7 +70,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
     source = source or recipe.name
     base = {
         side: _Setting((recipe.quantizer, "quantizer")).overridden(None, getattr(recipe, side), "", side)
-        for side in ("key", "value")
+        for side in SIDES
     }
     rules = [_expand(rule, f"rules[{i}]", model, source) for i, rule in enumerate(recipe.rules)]
     groups, exact = [], {}
@@ -78,7 +78,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
         if layer.kind != "full":
             exact[index] = f"{layer.kind} attention" if layer.kind == "sliding" else f"{layer.kind} layer"
             continue
-        pairs = defaultdict(list)  # (key spec, value spec) -> heads; None stands for skip
+        pairs = defaultdict(list)  # (key spec, value spec), or the path of the rule that skips -> heads
         for head in range(layer.num_kv_heads):
             settings, skipped = dict(base), None
             for rule, path, layers, heads in rules:
@@ -104,7 +104,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
 
 def _specs(settings: dict[str, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:
     dim = model.layers[layer].head_dim
-    return tuple(settings[side].spec(HeadShape(1, dim, side, model.dtype), source) for side in ("key", "value"))
+    return tuple(settings[side].spec(HeadShape(1, dim, side, model.dtype), source) for side in SIDES)
 
 
 def _expand(rule: Rule, path: str, model: ModelShape, source: str) -> tuple[Rule, str, set[int], set[int] | None]:
