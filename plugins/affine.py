@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, Options, RecipeError, TensorSpec, hookimpl
-from tqcompress.packing import pack, packed_size, unpack
+from tqcompress.packing import pack, plane_fields, unpack
 
 
 class AffineOptions(Options):
@@ -38,7 +38,7 @@ class Affine(Codec):
         """Keys: one row of steps for every `group` tokens; values: head_dim / group steps a token."""
         dim = self.shape.head_dim
         groups = Field(torch.float16, dim, self.group) if self.per_channel else Field(torch.float16, dim // self.group)
-        return Layout({"codes": Field(torch.uint8, packed_size(dim, self.bits)), "step": groups, "low": groups})
+        return Layout(plane_fields(dim, self.bits) | {"step": groups, "low": groups})
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Quantize each group between its minimum and maximum, with the step and minimum as stored."""
@@ -48,11 +48,11 @@ class Affine(Codec):
         # A constant group has step 0 and needs only its minimum; the divisor is then irrelevant.
         codes = ((grouped - low.float()) / torch.where(step == 0, 1.0, step.float())).round()
         codes = codes.clamp(0, 2**self.bits - 1).reshape(x.shape)
-        return {"codes": pack(codes, self.bits), "step": step.squeeze(axis), "low": low.squeeze(axis)}
+        return pack(codes, self.bits) | {"step": step.squeeze(axis), "low": low.squeeze(axis)}
 
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The decoded vectors, float32."""
-        codes = unpack(packed["codes"], self.bits, self.shape.head_dim).float()
+        codes = unpack(packed, self.bits, self.shape.head_dim).float()
         grouped, axis = self._grouped(codes)
         step, low = (packed[name].float().unsqueeze(axis) for name in ("step", "low"))
         return (grouped * step + low).reshape(codes.shape)

@@ -1,12 +1,14 @@
-"""Codecs and vectors to try them on, and how far float32 rotations may be off."""
+"""Codecs and vectors to try them on, how far float32 rotations may be off, and the cases of the codec contract."""
 
 import math
 from functools import cache
 
+import pytest
 import torch
 
-from tqcompress import Codec, HeadShape, TensorSpec
+from tqcompress import Codec, HeadShape, RecipeError, TensorSpec
 from tqcompress.plan import build_codec
+from tqcompress.registry import plugins
 
 U = 2.0**-24  # unit roundoff of float32
 
@@ -35,3 +37,64 @@ def rotation_bound(dim: int) -> float:
     |R| is at most its Frobenius norm sqrt(dim). 2 % for second-order terms.
     """
     return 1.02 * (dim + 1) * math.sqrt(dim) * U
+
+
+DIMS = (64, 80, 96, 128, 192, 256)
+ODD_DIM = 45  # codecs may refuse it
+
+# Tried in order: the first options that a codec accepts for a head size make the case ...
+FALLBACKS = [{"group": 16}, {"group": 15}, {}]
+# ... and these must keep the contract as well, at 3 bits and two head sizes.
+VARIANTS = {
+    "turboquant": [
+        {"rotation": "dense"},
+        {"rotation": "identity"},
+        {"levels": "e4m3"},
+        {"levels": "lloyd-max"},
+        {"levels": "uniform"},
+        {"scale": "log8"},
+        {"norm_correction": False},
+        {"seed": 7, "rotation": "dense", "levels": "e4m3", "scale": "log8"},
+    ],
+    "affine": [{}, {"group": 1}],
+}
+
+REGISTRY = plugins().registry
+
+
+def accepted(name: str, side: str, dim: int) -> tuple | None:
+    """The first options with which the codec takes that head size, or None."""
+    bits = REGISTRY.codec(name).supported_bits[-1]
+    for options in FALLBACKS:
+        try:
+            build(name, bits, side, dim, tuple(options.items()))
+            return tuple(options.items())
+        except (RecipeError, ValueError):  # a refused key is a ValidationError, which is a ValueError
+            continue
+    return None
+
+
+def contract_cases() -> list:
+    """Arguments of `build` for every registered codec: bits, sides, head sizes and options."""
+    cases = []
+    for name in REGISTRY.names():
+        supported = REGISTRY.codec(name).supported_bits
+        for side in ("key", "value"):
+            for dim in (*DIMS, ODD_DIM):
+                options = accepted(name, side, dim)
+                if options is None and dim == ODD_DIM:
+                    continue
+                # All bits at one size, elsewhere the fewest, the most and 3 bits
+                # (test_more_bits_are_never_worse goes through all of them).
+                some = {supported[0], 3, supported[-1]} & set(supported)
+                cases += [
+                    pytest.param((name, bits, side, dim, options or ()), id=f"{name}-{bits}-{side}-{dim}")
+                    for bits in (supported if dim == 64 else sorted(some))
+                ]
+            for i, options in enumerate(VARIANTS.get(name, [])):
+                cases += [
+                    pytest.param((name, 3, side, dim, tuple(options.items())), id=f"{name}-variant{i}-{side}-{dim}")
+                    for dim in (64, 80)
+                    if not (name == "affine" and not options and dim % 32)  # its default group is 32
+                ]
+    return cases

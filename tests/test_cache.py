@@ -138,7 +138,7 @@ def test_crop_of_blocks():
     for left in (0, 3, 4, 5, 36, 37, 60, 68, 99, 100, 119):
         _, cache = feed(model, ids.split([110, *[1] * 10], dim=1))
         layer = cache.layers[0]
-        before = layer.stores[0][0].read(0, 32)["codes"].clone()
+        before = layer.stores[0][0].read(0, 32)["codes2"].clone()
         cache.crop(left - 120)
         assert [layer.get_seq_length() for layer in cache.layers] == [left] * 3
         assert layer.stores[0][0].length == min(96, max(0, left - 4) // 32 * 32)
@@ -148,7 +148,7 @@ def test_crop_of_blocks():
         assert layer.get_seq_length() == left + 45
         assert layer.stores[0][0].length == max(0, left + 44 - 4 - 8) // 32 * 32
         if left >= 36:
-            assert torch.equal(layer.stores[0][0].read(0, 32)["codes"], before)
+            assert torch.equal(layer.stores[0][0].read(0, 32)["codes2"], before)
 
 
 def test_crop_past_the_beginning_and_of_nothing():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from tqcompress.codebook import distortion, e4m3_levels, lloyd_max
+from tqcompress.codebook import distortion, e4m3_levels, grid_step, int8_levels, lloyd_max, uniform_levels
 
 # Mean squared error of the optimal scalar quantizer of a unit Gaussian (Max 1960), to the digits printed there.
 GAUSSIAN = {1: 0.3634, 2: 0.1175, 3: 0.0345, 4: 0.0095}
@@ -167,3 +167,75 @@ def test_e4m3_levels_cost_little(bits, loss, dim):
 def test_e4m3_refuses_more_levels_than_the_grid_has():
     with pytest.raises(ValueError, match="too few"):
         e4m3_levels(8, 128)
+
+
+HEADS = [16, 64, 80, 96, 128, 192, 256, None]
+
+
+def as_stored(levels: np.ndarray) -> np.ndarray:
+    return levels.astype(np.float32)
+
+
+@pytest.mark.parametrize("dim", HEADS)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("make", [int8_levels, uniform_levels])
+def test_levels_on_a_grid_are_symmetric_ascending_and_on_it(make, bits, dim):
+    levels = make(bits, dim)
+    assert levels.shape == (2**bits,)
+    assert (np.diff(levels) > 0).all()
+    assert np.array_equal(levels, -levels[::-1])
+    step = grid_step(as_stored(levels))
+    numbers = levels / step - (0.5 if bits == 8 else 0)
+    # Rounding of the largest level to float32 moves the step, and so every quotient, by 2^-24 of it.
+    np.testing.assert_allclose(numbers, numbers.round(), rtol=0, atol=127.5 * 2.0**-24)
+    assert np.abs(numbers).max().round() <= (128 if bits == 8 else 127)
+    if make is uniform_levels:
+        np.testing.assert_allclose(np.diff(levels), levels[-1] * 2 / (2**bits - 1), rtol=1e-12)
+
+
+# At most this much more error than Lloyd-Max levels have, whatever the head size: what the default of turboquant's
+# `levels` rests on.
+INT8_LOSS = {1: 1e-9, 2: 2e-6, 3: 6e-5, 4: 7e-4, 5: 0.007, 6: 0.034, 7: 0.19, 8: 1.13}
+UNIFORM_LOSS = {1: 1e-9, 2: 0.0117, 3: 0.084, 4: 0.22, 5: 0.40, 6: 0.62, 7: 0.87, 8: 1.13}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("make", "loss"), [(int8_levels, INT8_LOSS), (uniform_levels, UNIFORM_LOSS)])
+def test_what_levels_on_a_grid_cost(make, loss, bits):
+    costs = [distortion(make(bits, dim), dim) / distortion(lloyd_max(bits, dim), dim) - 1 for dim in HEADS]
+    assert -1e-9 <= min(costs) <= max(costs) <= loss[bits]
+    assert bits == 1 or max(costs) >= loss[bits] / 2  # the limits are no wider than they need be
+
+
+def test_gaussian_uniform_levels_have_the_known_constants():
+    """Steps and errors of the optimal uniform quantizer of a unit Gaussian (Max 1960, table II)."""
+    for bits, step, error in [(1, 1.596, 0.3634), (2, 0.9957, 0.1188), (3, 0.5860, 0.03744), (4, 0.3352, 0.01154)]:
+        levels = uniform_levels(bits, None)
+        assert levels[1] - levels[0] == pytest.approx(step, abs=0.6e-4 if step < 1 else 0.6e-3)
+        assert distortion(levels, None) == pytest.approx(error, abs=0.6e-4 if error > 0.1 else 0.6e-5)
+
+
+@pytest.mark.parametrize("make", [int8_levels, uniform_levels])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_other_step_of_the_same_grid_is_better(make, bits):
+    levels = make(bits, 128)
+    best = distortion(levels, 128)
+    assert all(distortion(levels * stretch, 128) > best for stretch in (0.999, 1.001))
+
+
+def test_grid_step_of_levels_by_hand():
+    assert grid_step(np.float32([-1, 1])) == 1
+    assert grid_step(np.float32([-2.1, -0.7, 0.7, 2.1])) == pytest.approx(0.7, rel=1e-7)
+    assert grid_step(np.float32([-127, -126, 126, 127]) / 7) == pytest.approx(1 / 7, rel=1e-7)
+    assert grid_step(np.float32([-128, -127, 127, 128])) is None
+    assert grid_step(np.float32([-1.5, -0.5, 0.5, 1.5])) == 0.5  # half-integers are for 256 levels only
+    assert grid_step(np.arange(-127.5, 128, dtype=np.float32) * 3) == 3
+    assert grid_step(np.arange(256, dtype=np.float32) ** 2) is None
+    # A level that is off by more than rounding: the widest grid of the others does not do, nor does any other.
+    assert grid_step(np.float32([-3, -1, 1, 3.001])) is None
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_lloyd_max_levels_are_on_no_grid(bits, dim):
+    assert grid_step(as_stored(lloyd_max(bits, dim))) is None

@@ -53,10 +53,15 @@ def test_the_wheel_holds_every_part_and_nothing_of_optimum(tmp_path):
     built = run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
     assert built.returncode == 0, built.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    parts = {"tqcompress": "*.py", "tqcompress/data": "*.txt", "plugins": "*.py", "recipes": "*.yaml"}
-    for folder, pattern in parts.items():
-        target = folder if folder.startswith("tqcompress") else f"tqcompress/{folder}"
-        expected = {f"{target}/{file.name}" for file in (ROOT / folder).glob(pattern)}
+    parts = {
+        "tqcompress": "tqcompress/*.py",
+        "tqcompress/data": "tqcompress/data/*.txt",
+        "tqcompress/plugins": "plugins/*.py",
+        "tqcompress/recipes": "recipes/*.yaml",
+        "tqcompress_kernels": "kernels/tqcompress_kernels/*.py",
+    }
+    for target, pattern in parts.items():
+        expected = {f"{target}/{file.name}" for file in ROOT.glob(pattern)}
         assert expected and expected <= names
     assert {name for name in names if name.startswith("optimum/")} == {
         "optimum/commands/register/register_tqcompress.py"

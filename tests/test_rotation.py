@@ -153,6 +153,15 @@ def test_seeds_change_the_basis(dim):
     assert (first.abs().sort().values - second.abs().sort().values).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ("hadamard", "dense", "identity"))
+@pytest.mark.parametrize("dim", [80, 128])
+def test_matrix_is_that_of_forward_and_its_transpose_that_of_inverse(kind, dim):
+    state, x = Rotation.state(kind, dim, 3), gaussian(dim)
+    matrix, bound = Rotation.matrix(state, dim).double(), matmul_bound(dim) * x.norm(dim=-1)
+    assert ((x.double() @ matrix - Rotation.forward(x, state)).norm(dim=-1) <= bound).all()
+    assert ((x.double() @ matrix.T - Rotation.inverse(x, state)).norm(dim=-1) <= bound).all()
+
+
 def test_identity_changes_nothing():
     x = gaussian(64)
     assert torch.equal(Rotation.forward(x, {}), x)

@@ -1,4 +1,4 @@
-"""Scalar codebooks: Lloyd-Max levels for the exact law of a coordinate of a random unit vector.
+"""Scalar codebooks for the exact law of a coordinate of a random unit vector: Lloyd-Max levels, and levels on grids.
 
 Source: Lloyd-Max as in TurboQuant (arXiv 2504.19874, equation 4). A coordinate of a uniform random unit
 vector in R^d has the density (1 - x^2)^((d-3)/2) on [-1, 1] up to a constant; times sqrt(d) it tends to
@@ -83,7 +83,64 @@ def lloyd_max(bits: int, dim: int | None) -> np.ndarray:
     half = np.cumsum(np.exp(solution.x))
     if np.abs(residual(solution.x)).max() > 1e-9:
         raise ArithmeticError(f"Lloyd-Max did not converge for {bits} bits, dim {dim}: {solution.message}")
+    return _mirrored(half)
+
+
+@cache
+def uniform_levels(bits: int, dim: int | None) -> np.ndarray:
+    """Evenly spaced levels: `(2 * code + 1 - 2**bits)` times the number of least distortion."""
+    return _stretched(np.arange(1.0, 2**bits, 2), bits, dim)
+
+
+@cache
+def int8_levels(bits: int, dim: int | None) -> np.ndarray:
+    """Lloyd-Max levels moved to integers in [-127, 127] times the common step of least distortion.
+
+    At 8 bits, where there are fewer integers than levels, these are the uniform ones.
+    """
+    if bits == 8:
+        return uniform_levels(bits, dim)
+    half = lloyd_max(bits, dim)[2 ** (bits - 1) :]
+    best = None
+    for scale in np.geomspace(63.5, 127.49, 512) / half[-1]:  # a smaller grid is in these too, doubled
+        grid = np.round(half * scale)
+        if grid[0] > 0 and (np.diff(grid) > 0).all():
+            error = distortion(_mirrored(grid / scale), dim)
+            best = (error, grid) if best is None or error < best[0] else best
+    if best is None:
+        raise ValueError(f"{bits} bits: the int8 grid has too few numbers for these {2**bits} levels")
+    return _stretched(best[1], bits, dim)
+
+
+def _stretched(grid: np.ndarray, bits: int, dim: int | None) -> np.ndarray:
+    """Symmetric levels whose positive half is `grid` times the step of least distortion."""
+    near = lloyd_max(bits, dim)[-1] / grid[-1]
+    found = optimize.minimize_scalar(
+        lambda step: distortion(_mirrored(grid * step), dim),
+        bounds=(near / 2, near * 1.1),
+        method="bounded",
+        options={"xatol": 1e-10 * near},
+    )
+    return _mirrored(grid * found.x)
+
+
+def _mirrored(half: np.ndarray) -> np.ndarray:
     return np.concatenate([-half[::-1], half])
+
+
+def grid_step(levels: np.ndarray) -> float | None:
+    """The widest step of which float32 `levels` are integers in [-127, 127], up to their rounding, or None.
+
+    256 levels, more than there are integers, may be -127.5, -126.5 ... 127.5 times the step instead.
+    """
+    levels = np.asarray(levels, dtype=np.float64)
+    top = np.abs(levels).max()
+    for number in (127.5,) if len(levels) == 256 else range(1, 128):
+        ratio = levels * (number / top)
+        shift = number % 1
+        if np.abs(ratio - shift - np.round(ratio - shift)).max() <= number * 2.0**-23:
+            return float(top / number)
+    return None
 
 
 @cache
@@ -98,7 +155,7 @@ def e4m3_levels(bits: int, dim: int | None) -> np.ndarray:
         if half[-1] * scale > E4M3_MAX:
             scale *= 2.0 ** -math.ceil(math.log2(half[-1] * scale / E4M3_MAX))
         grid = _round_e4m3(half * scale)
-        levels = np.concatenate([-grid[::-1], grid]) / scale
+        levels = _mirrored(grid / scale)
         if len(set(grid)) == len(grid) and (best is None or distortion(levels, dim) < best[0]):
             best = (distortion(levels, dim), levels)
     if best is None:

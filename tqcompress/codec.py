@@ -6,7 +6,7 @@ registered with `register_state`, so it follows `.to(device)`, is saved and is c
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -70,15 +70,31 @@ class Layout:
 
 @dataclass(frozen=True)
 class ScalarLevels:
-    """A codec of the form `levels[code] * scale` in a rotated basis: what fused kernels can read.
+    """A codec of the form `levels[code] * scale` in a basis of its own: all that fused kernels know of it.
 
-    `codes` and `scale` name the layout fields; `levels` is `[2**bits]`, ascending.
+    Stored are the planes `codes8` ... `codes1` of `packing.plane_fields` and the field `scale`. A vector `x` of
+    `dim` coordinates becomes `y = (x - mean) @ into`; its codes are the nearest levels of `y * sqrt(dim) / |y|`
+    (the lower one halfway between two), its scale is `|y| / |levels[codes]|` with `norm_correction` and
+    `|y| / sqrt(dim)` without. It decodes to `(levels[codes] * scale) @ back + mean`.
+
+    Attributes:
+        levels: float32 `[2**bits]`, ascending.
+        scale_format: "fp16", or "log8": uint8, `2**((stored - 128) / 16)`, and 0 for 0; 255 means too large.
+        step: if not None, `levels / step` are integers in [-127, 127], or at 8 bits -127.5, -126.5 ... 127.5.
+        into, back: float32 `[1 or kv_heads, dim, dim]`, inverse to each other.
+        mean: float32 `[kv_heads, dim]`, or None for zeros.
+        hadamard_signs: int8 `[dim]` if `into` is `diag(signs) @ rotation.hadamard(dim)` and `back` its transpose.
     """
 
     levels: Tensor
     bits: int
-    codes: str = "codes"
-    scale: str = "scale"
+    scale_format: Literal["fp16", "log8"]
+    step: float | None
+    into: Tensor
+    back: Tensor
+    mean: Tensor | None = None
+    hadamard_signs: Tensor | None = None
+    norm_correction: bool = True
 
 
 class Options(BaseModel):
@@ -144,7 +160,7 @@ class Codec(nn.Module):
         """Set state from calibration statistics; data-free codecs have nothing to do."""
 
     def levels(self) -> ScalarLevels | None:
-        """The scalar form that the fused kernels read, or None if the codec has none."""
+        """The scalar form that fused kernels read and write, or None if the codec has none; asked at apply."""
         return None
 
     # Attention may run in the basis in which vectors are stored: one rotation of the query and one of

@@ -72,3 +72,10 @@ class Rotation:
         if "signs" in state:
             return (x @ hadamard(x.shape[-1], x.device)) * state["signs"]
         return x @ state["rotation"] if "rotation" in state else x
+
+    @staticmethod
+    def matrix(state: dict[str, Tensor], dim: int, device: "torch.device | str" = "cpu") -> Tensor:
+        """The float32 matrix `[dim, dim]` of `forward`: `forward(x) = x @ matrix`; `inverse` is its transpose."""
+        if "signs" in state:
+            return state["signs"][:, None] * hadamard(dim, device)
+        return state["rotation"].T if "rotation" in state else torch.eye(dim, device=device)

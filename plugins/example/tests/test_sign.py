@@ -6,6 +6,7 @@ from tqcompress_example.sign import Sign
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tqcompress
+from tqcompress.packing import unpack
 
 
 def build(bits=1, **options):
@@ -27,6 +28,16 @@ def test_rms_keeps_the_length_and_mean_has_the_smaller_error():
     mean, rms = (codec.decode(codec.encode(x)) for codec in (build(), build(scale="rms")))
     torch.testing.assert_close(rms.norm(dim=-1), x.norm(dim=-1), rtol=1e-3, atol=0)
     assert (mean - x).norm() < (rms - x).norm()
+
+
+def test_the_fused_kernels_are_told_of_scales_that_keep_the_length():
+    x, codec = vectors(), build(scale="rms")
+    packed, levels = codec.encode(x), codec.levels()
+    units = levels.levels[unpack(packed, levels.bits, 64)]
+    assert torch.equal(units * packed["scale"].float() @ levels.back, codec.decode(packed))
+    length = (x @ levels.into).norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(packed["scale"].float(), length / units.norm(dim=-1, keepdim=True), rtol=1e-3, atol=0)
+    assert build().levels() is None
 
 
 def test_zeros_stay_zeros():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, hookimpl
-from tqcompress.packing import pack, packed_size, unpack
+from tqcompress.packing import pack, plane_fields, unpack
 
 
 class SignOptions(Options):
@@ -34,24 +34,26 @@ class Sign(Codec):
 
     def layout(self) -> Layout:
         """What is stored for each token of one head."""
-        codes = Field(torch.uint8, packed_size(self.shape.head_dim, self.bits))
-        return Layout({"codes": codes, "scale": Field(torch.float16, 1)})
+        return Layout(plane_fields(self.shape.head_dim, self.bits) | {"scale": Field(torch.float16, 1)})
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Pack `x` `[batch, kv_heads, tokens, head_dim]` into the fields of the layout."""
         x = x.float()
         mean = self.options.scale == "mean"
         scale = x.abs().mean(-1, keepdim=True) if mean else x.square().mean(-1, keepdim=True).sqrt()
-        return {"codes": pack(x > 0, self.bits), "scale": scale.half()}
+        return pack(x > 0, self.bits) | {"scale": scale.half()}
 
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The float32 vectors that the fields stand for."""
-        codes = unpack(packed["codes"], self.bits, self.shape.head_dim)
+        codes = unpack(packed, self.bits, self.shape.head_dim)
         return self.codebook[codes] * packed["scale"].float()
 
-    def levels(self) -> ScalarLevels:
-        """Optional: a codec of the form `levels[code] * scale` is read by the fused kernels as it is."""
-        return ScalarLevels(self.codebook, self.bits)
+    def levels(self) -> ScalarLevels | None:
+        """Optional: a codec of the form `levels[code] * scale` is read and written by the fused kernels as it is."""
+        if self.options.scale == "mean":
+            return None  # the kernels' scales keep the vector's length
+        identity = torch.eye(self.shape.head_dim, device=self.codebook.device)[None]
+        return ScalarLevels(self.codebook, self.bits, scale_format="fp16", step=1.0, into=identity, back=identity)
 
 
 @hookimpl

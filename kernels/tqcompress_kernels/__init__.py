@@ -1,0 +1,1 @@
+"""Triton kernels that attend to packed tokens: they know tensors, not models."""

@@ -1,0 +1,219 @@
+"""Split-KV decoding on int8 tensor cores (mma.sync m16n8k32, sm_80 and later), one warp a program.
+
+Codes become signed bytes in registers (`fast_asm`) and go straight into the tensor core; nothing passes through
+shared memory. The query and the softmax weights are 16-bit fixed point, a high and a low byte in neighbouring
+columns, so products are exact and their error is that of rounding to 1/32000 of a column's largest number.
+
+Tokens lie on the rows of the key product and, as its depth, of the value product; heads lie on the columns. The
+order of coordinates and of the tokens of a tile is free, so it is chosen such that every lane loads whole vectors
+and every load of a warp whole cache lines: lane 4g + c reads a quarter c of the rows of tokens `8 i + g` of the keys
+and an eighth g of the rows of tokens `4 i + c` of the values.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from .fast_operands import (
+    LIMIT,
+    arguments,
+    code_bits,
+    codes_of,
+    expand,
+    half_words,
+    is_uniform,
+    join_fixed,
+    key_operands,
+    key_table,
+    main_bits,
+    per_head,
+    query_operands,
+    side_by_side,
+    store_rows,
+    tables_of,
+    value_table,
+)  # fmt: skip
+from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, value_scales, value_tile
+
+
+@gluon.jit
+def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, MMA: gl.constexpr):
+    """Accumulator `i` of a word for this tile: the operands of two codes times the weights."""
+    r = gl.zeros([16, P.shape[1]], gl.int32, MMA)
+    if VALUE == "t4":  # the two lookups of a code
+        a = gl.convert_layout(side_by_side(o[4 * i], o[4 * i + 2], 0), A8, assert_trivial=True)
+        r = mma_v2(a, P, r)
+        a = gl.convert_layout(side_by_side(o[4 * i + 1], o[4 * i + 3], 0), A8, assert_trivial=True)
+        return mma_v2(a, P, r)
+    else:
+        a = gl.convert_layout(side_by_side(o[2 * i], o[2 * i + 1], 0), A8, assert_trivial=True)
+        return mma_v2(a, P, r)
+
+
+@gluon.jit
+def decode_kernel(
+    p_query, p_bias, p_kc, p_kh, p_ks, k_table, p_vc, p_vh, p_vs, v_table, p_mask, p_lengths, p_pages, p_out, p_lse,
+    tokens, kv_heads, scaling, softcap, key_step, value_step,
+    kc_n, kc_h, kh_n, kh_h, ks_n, ks_h, vc_n, vc_h, vh_n, vh_h, vs_n, vs_h, mask_b, pages_b,
+    KEY: gl.constexpr, VALUE: gl.constexpr, D: gl.constexpr, KD: gl.constexpr, VD: gl.constexpr,
+    COLUMNS: gl.constexpr, C: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
+    KR: gl.constexpr, KHR: gl.constexpr, KSR: gl.constexpr, VR: gl.constexpr, VHR: gl.constexpr, VSR: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, MASK: gl.constexpr, LENGTHS: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """One split of one KV head. See `fast.split` for the arguments."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    A8: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    B8: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
+    N: gl.constexpr = 2 * C
+    KB: gl.constexpr = code_bits(KEY)
+    VB: gl.constexpr = code_bits(VALUE)
+    KMAIN: gl.constexpr = main_bits(KEY)
+    VMAIN: gl.constexpr = main_bits(VALUE)
+    VALUE_WORDS: gl.constexpr = VD // 8 // codes_of("value", VALUE)
+    OUTS: gl.constexpr = codes_of("value", VALUE) // 2  # accumulators a word
+    OL: gl.constexpr = join_fixed(gl.zeros([16, N], gl.int32, MMA)).type.layout
+    SL: gl.constexpr = join_fixed(gl.zeros([T, N], gl.int32, MMA)).type.layout
+    HEAD: gl.constexpr = gl.SliceLayout(0, SL)
+    HEAD_O: gl.constexpr = gl.SliceLayout(0, OL)
+
+    row = gl.program_id(0).to(gl.int64)
+    i_split = gl.program_id(1)
+    splits = gl.num_programs(1)
+    b = row // kv_heads
+    h = row % kv_heads
+    span = gl.cdiv(gl.cdiv(tokens, splits), T) * T
+    start = i_split * span
+    end = gl.minimum(start + span, tokens)
+    if LENGTHS:
+        end = gl.minimum(end, gl.load(p_lengths + b))
+    whole = start + gl.maximum(end - start, 0) // T * T
+    first = b if PAGE == 0 else b * 0  # pages are found through the table
+    p_pages += b * pages_b
+    p_mask += b * mask_b
+    keys = (
+        p_kc + first * kc_n + h * kc_h,
+        p_kh + first * kh_n + h * kh_h,
+        p_ks + first * ks_n + h * ks_h,
+        kc_n,
+        kh_n,
+        ks_n,
+    )
+    values = (
+        p_vc + first * vc_n + h * vc_h,
+        p_vh + first * vh_n + h * vh_h,
+        p_vs + first * vs_n + h * vs_h,
+        vc_n,
+        vh_n,
+        vs_n,
+    )
+
+    # Whole tiles come through a ring of shared-memory buffers, copied `STAGES - 1` tiles ahead of their use.
+    k_ring = ring(STAGES, T, KD, KMAIN, KB == 3, p_ks)
+    v_ring = ring(STAGES, T, VD, VMAIN, VB == 3, p_vs)
+    for ahead in gl.static_range(STAGES - 1):
+        if start + ahead * T < whole:
+            copy_side(k_ring, ahead, keys, start + ahead * T, end, D, KMAIN, KB == 3, KR, KHR, p_pages, PAGE, T)
+            copy_side(v_ring, ahead, values, start + ahead * T, end, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T)
+        async_copy.commit_group()
+
+    queries, top, total = query_operands(p_query + row * COLUMNS * D, KEY, KD * KMAIN // 128, D, COLUMNS, N, B8)
+    gain = per_head(top, HEAD) * (key_step * scaling / LIMIT)
+    head = gl.arange(0, C, HEAD)
+    offset = gl.zeros([C], gl.float32, HEAD)
+    if is_uniform(KEY):  # stored as the code, for 8 bits less 128
+        offset = per_head(total, HEAD) * (0.5 * ((1 << KB) - 1) - (128 if KB == 8 else 0))
+    bias = gl.zeros([C], gl.float32, HEAD)
+    if BIAS:
+        bias = gl.load(p_bias + row * COLUMNS + head, mask=head < COLUMNS, other=0.0)
+    k_tables = ()
+    for i in gl.static_range(tables_of("key", KEY)):
+        k_tables = k_tables + (key_table(k_table + 32 * i, T),)
+    v_tables = ()
+    for i in gl.static_range(tables_of("value", VALUE)):
+        v_tables = v_tables + (value_table(v_table + 32 * i, T),)
+
+    m = gl.full([C], -1e30, gl.float32, HEAD)
+    mass = gl.zeros([C], gl.float32, HEAD)
+    weight = gl.zeros([C], gl.float32, HEAD)  # sum of the fixed-point weights
+    acc = ()
+    for _ in gl.static_range(VD // 16):
+        acc = acc + (gl.zeros([16, C], gl.float32, OL),)
+    stage = 0
+    for part in gl.static_range(2):  # whole tiles, then the one that ends in the middle, if any
+        for s in range(start if part == 0 else whole, whole if part == 0 else end, T):
+            if part == 0:
+                free = (stage + STAGES - 1) % STAGES
+                coming = gl.minimum(s + (STAGES - 1) * T, whole - T)
+                copy_side(k_ring, free, keys, coming, end, D, KMAIN, KB == 3, KR, KHR, p_pages, PAGE, T)
+                copy_side(v_ring, free, values, coming, end, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T)
+                async_copy.commit_group()
+                async_copy.wait_group(STAGES - 1)
+            words, high, ks = key_tile(
+                k_ring, stage, keys, s, end, KD, D, KMAIN, KB == 3, KR, KHR, KSR, p_pages, PAGE, T, part == 1
+            )
+            operands = key_operands(KEY, words, high, k_tables)
+            S = gl.zeros([T, N], gl.int32, MMA)
+            for i in gl.static_range(len(operands) // 2):
+                a = side_by_side(operands[2 * i], operands[2 * i + 1], 1)
+                S = mma_v2(gl.convert_layout(a, A8, assert_trivial=True), queries[i], S)
+            scores = join_fixed(S)
+            if is_uniform(KEY):
+                scores = scores - offset[None, :]
+            scores = scores * (by_row(ks, scores)[:, None] * gain[None, :])
+            if BIAS:
+                scores = scores + bias[None, :]
+            if SOFTCAP:  # tanh by way of exp2
+                scores = softcap * (1.0 - 2.0 / (1.0 + gl.exp2(scores * (2.8853900817779268 / softcap))))
+            scores = scores * 1.4426950408889634
+            if MASK or part == 1:
+                seen = s + row_tokens(T) < end
+                if MASK:
+                    seen = seen & (load_rows(p_mask, s, end, 1, p_pages, 0, 0, T, part == 1) != 0)
+                scores = scores + by_row(gl.where(seen, 0.0, -1e30), scores)[:, None]
+            tile_top = gl.maximum(gl.max(scores, 0), -1e30)
+            new_m = gl.maximum(m, tile_top)
+            shrink = gl.exp2(m - new_m)
+            grow = gl.exp2(tile_top - new_m)
+            m = new_m
+            p = gl.exp2(scores - tile_top[None, :])
+            if MASK or part == 1:
+                p = gl.where(scores > -5e29, p, 0.0)
+            mass = mass * shrink + grow * gl.sum(p, 0)
+
+            vs = value_scales(v_ring, stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
+            vmax = gl.maximum(gl.max(vs, 0), 1e-30)
+            grow = grow * (vmax / LIMIT)
+            # 1.5 * 2**23 puts the integer into the low bits of the float; the 128 rounds the high byte.
+            x = gl.fma(p, by_row(vs * (LIMIT / vmax), scores)[:, None] + gl.zeros_like(p), gl.full_like(p, 12583040.0))
+            if is_uniform(VALUE):
+                weight = weight * shrink + grow * gl.sum(x - 12583040.0, 0)
+            bits = x.to(gl.int32, bitcast=True)
+            P = gl.join((bits >> 8).to(gl.int8), (bits ^ 128).to(gl.int8))
+            P = gl.permute(gl.reshape(P, [T // 32, 4, 2, 4, N]), [0, 2, 3, 1, 4])  # the order of `value_words`
+            P = gl.convert_layout(gl.reshape(P, [T, N]), B8)
+            shrink_o = gl.convert_layout(shrink, HEAD_O)[None, :]
+            grow_o = gl.convert_layout(grow, HEAD_O)[None, :]
+            words, high = value_tile(
+                v_ring, stage, values, s, end, VD, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T, part == 1
+            )
+            if VB == 1:
+                words = half_words(words, VALUE_WORDS)
+            high = half_words(high, VALUE_WORDS) if VB == 3 else words
+            new = ()
+            for u in gl.static_range(VALUE_WORDS):
+                o = expand("value", VALUE, 0, arguments(VALUE, words[u], high[u], v_tables))
+                for i in gl.static_range(OUTS):
+                    r = value_product(VALUE, o, i, P, A8, MMA)
+                    new = new + (acc[OUTS * u + i] * shrink_o + join_fixed(r) * grow_o,)
+            acc = new
+            if part == 0:
+                stage = (stage + 1) % STAGES
+    inverse = gl.where(mass > 0.0, 1.0 / mass, 0.0)
+    o_out = (row * splits + i_split) * COLUMNS
+    scale_o = gl.convert_layout(inverse * value_step, HEAD_O)[None, :]
+    weight_o = gl.convert_layout(weight * inverse * value_step, HEAD_O)[None, :]
+    col = gl.arange(0, C, HEAD_O)[None, :]
+    for i in gl.static_range(VD // 16):
+        store_rows(p_out + (o_out + col) * D, acc[i], i, scale_o, weight_o, VALUE, VALUE_WORDS, D, col < COLUMNS)
+    lse = gl.where(mass > 0.0, m + gl.log2(mass), -float("inf"))
+    gl.store(p_lse + o_out + head, lse, mask=head < COLUMNS)
