@@ -79,9 +79,9 @@ def test_store_spare_room_is_bounded_and_growth_is_amortised(step):
     growths, copied, before = 0, 0, 0
     for start in range(0, 8000, step):
         store.append(packed_rows(step, start), step)
-        # At the moment of growth at most an eighth of the tokens held or 256, in whole blocks; then it shrinks.
+        # At the moment of growth at most an eighth of the tokens held or 256, rounded up; then it shrinks.
         spare = store.allocated_nbytes / token - store.length
-        assert 0 <= spare <= max(store.length / 8, TokenStore.MIN_GROWTH) + BLOCK
+        assert 0 <= spare <= max(store.length / 8, TokenStore.MIN_GROWTH) + TokenStore.ALIGNMENT
         if store.allocated_nbytes != before:
             growths, copied, before = growths + 1, copied + start, store.allocated_nbytes
     # Below 2048 tokens every 256 at least (8 times), then by an eighth: log(8000/2048) / log(9/8) = 11.6 times.
@@ -90,9 +90,9 @@ def test_store_spare_room_is_bounded_and_growth_is_amortised(step):
 
 
 def test_store_of_a_given_capacity_allocates_once():
-    store = new_store(400)
+    store = new_store(448)
     before = {name: buffer.data_ptr() for name, buffer in store.buffers.items()}
-    for start in range(0, 400, 4):
+    for start in range(0, 448, 4):
         store.append(packed_rows(4, start), 4)
     assert {name: buffer.data_ptr() for name, buffer in store.buffers.items()} == before
     assert store.nbytes == store.allocated_nbytes

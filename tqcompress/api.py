@@ -35,7 +35,9 @@ def plan_compression(model: nn.Module, recipe: "Recipe | str | Path | dict") -> 
     plan = resolve(loaded, ModelShape.of(model), str(recipe) if isinstance(recipe, (str, Path)) else None)
     for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
         plan = changed or plan
-    return Compression(loaded, plan, _devices(model))
+    compression = Compression(loaded, plan, _devices(model))
+    compression.choose_backends()
+    return compression
 
 
 def remove(model: nn.Module) -> None:
@@ -91,6 +93,7 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
     except RecipeError as error:  # a quantizer that is not installed here
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
+    compression.choose_backends()
     attach(model, compression)
     return plan
 

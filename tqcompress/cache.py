@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .codec import Codec
 from .errors import ModelError
 from .store import TokenStore
-from .view import GroupView, KVView, LayerCodecs, take_heads
+from .view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
 
 # Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
 # (assisted decoding crops them) never reaches into what is already encoded.
@@ -123,17 +124,28 @@ class CompressedLayer(DynamicLayer):
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
                 vectors = take_heads(states, group)
-                packed = codec.encode(vectors)
-                if vectors.device.type == "cpu" and not (vectors.isfinite().all() and codec.fits(packed)):
-                    # Only on a CPU: elsewhere the check would wait for the device.
-                    raise ModelError(
-                        f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
-                        f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
-                        "skip the layer in the recipe, or check the model's dtype"
-                    )
-                encoded.append((store, packed))
+                if group.backend.append is not None:
+                    store.reserve(vectors.shape[2])
+                    group.backend.append(codec, vectors, store)
+                    encoded.append((store, None))
+                else:
+                    encoded.append((store, self._encoded(codec, group, vectors)))
         for store, packed in encoded:
-            store.append(packed, keys.shape[2])
+            if packed is None:
+                store.length += keys.shape[2]
+            else:
+                store.append(packed, keys.shape[2])
+
+    def _encoded(self, codec: Codec, group: GroupCodecs, vectors: Tensor) -> dict[str, Tensor]:
+        packed = codec.encode(vectors)
+        if vectors.device.type == "cpu" and not (vectors.isfinite().all() and codec.fits(packed)):
+            # Only on a CPU: elsewhere the check would wait for the device.
+            raise ModelError(
+                f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
+                f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
+                "skip the layer in the recipe, or check the model's dtype"
+            )
+        return packed
 
     def get_seq_length(self) -> int:
         """Tokens cached."""

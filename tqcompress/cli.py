@@ -22,7 +22,7 @@ from .artifacts import FILE_NAME, read
 from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
-from .models import ALIASES, load_model, load_shape
+from .models import ALIASES, default_device, load_model, load_shape
 from .recipe import Recipe, shipped_recipes
 from .registry import plugins
 from .resolve import resolve
@@ -167,8 +167,9 @@ def evaluate_command(
 def inspect(
     what: Annotated[str, typer.Argument(help="a recipe (with --model), or a directory that apply or save wrote")],
     model: Annotated[str | None, typer.Option(help="as for apply; only its config is read")] = None,
+    device: DeviceOpt = None,
 ) -> None:
-    """Show what each layer and KV head gets, and what it costs, without loading weights."""
+    """Show what each layer and KV head gets, what reads it, and what it costs, without loading weights."""
     if (Path(what) / FILE_NAME).is_file() or Path(what).name == FILE_NAME:
         artifact = read(Path(what))
         compression = Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
@@ -180,6 +181,7 @@ def inspect(
     else:
         recipe = Recipe.load(what)
         compression = Compression(recipe, resolve(recipe, load_shape(model), what), {})
+    compression.choose_backends(torch.device(device or default_device()))
     console.print(report.plan_table(compression))
     console.print(report.cost_table(compression.plan))
 

@@ -28,23 +28,30 @@ class Compression(nn.Module):
 
     def __init__(self, recipe: Recipe, plan: Plan, devices: dict[int, torch.device]):
         super().__init__()
-        self.recipe, self.plan = recipe, plan
+        self.recipe, self.plan, self.devices = recipe, plan, devices
         self.codecs = nn.ModuleDict()
         self.layers: dict[int, LayerCodecs] = {}
-        for index, shape in enumerate(plan.model.layers):
-            groups = []
+        for index in range(len(plan.model.layers)):
             for j, group in enumerate(plan.layer_groups(index)):
-                device = devices.get(index, torch.device("cpu"))
                 sides = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES}
-                pair = self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
-                backend = _backend(group, pair, device)
-                groups.append(GroupCodecs(group.heads, pair["key"], pair["value"], backend))
-            if groups:
-                self.layers[index] = LayerCodecs(
-                    index, tuple(groups), shape.num_kv_heads, shape.head_dim, plan.sinks, plan.window, plan.block(index)
-                )
+                self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(devices.get(index, "cpu"))
         self.arguments: list[str] = []  # of the decoder's forward, in order
         self.hook = self.previous_attention = None
+
+    def choose_backends(self, device: torch.device | None = None) -> None:
+        """Ask the plugins what reads each group, on the layer's device or on another one.
+
+        Called once the codecs' state is final: a backend may make constants of it.
+        """
+        for index, shape in enumerate(self.plan.model.layers):
+            groups = []
+            for j, group in enumerate(self.plan.layer_groups(index)):
+                pair = self.codecs[f"{index}-{j}"]
+                where = device or self.devices.get(index, torch.device("cpu"))
+                groups.append(GroupCodecs(group.heads, pair["key"], pair["value"], _backend(group, pair, where)))
+            if groups:
+                sizes = (shape.num_kv_heads, shape.head_dim, self.plan.sinks, self.plan.window, self.plan.block(index))
+                self.layers[index] = LayerCodecs(index, tuple(groups), *sizes)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of the artifact: `layers.{i}.g{j}.{key|value}.{name}`."""

@@ -62,6 +62,11 @@ def base_name(name: str) -> str:
     return str(Path(name).resolve()) if name and name not in ALIASES and Path(name).exists() else name
 
 
+def default_device() -> str:
+    """Where models run unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """The model `name` in evaluation mode, and its tokenizer.
 
@@ -70,7 +75,7 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = find_model(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.kwargs)

@@ -1,5 +1,6 @@
 """`TokenStore`: the packed rows of one side of a group of heads, in buffers that grow without copying often."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,9 +17,11 @@ class TokenStore:
     """
 
     MIN_GROWTH = 256
+    ALIGNMENT = 64  # tokens that capacities are a multiple of: every head's rows begin at whole cache lines
 
     def __init__(self, layout: Layout, batch: int, heads: int, device: torch.device, capacity: int = 0):
         self.layout, self.length = layout, 0
+        capacity = -(-capacity // self.ALIGNMENT) * self.ALIGNMENT
         self.buffers = {
             name: torch.empty(batch, heads, -(-capacity // field.tokens), field.size, dtype=field.dtype, device=device)
             for name, field in layout.fields.items()
@@ -26,11 +29,15 @@ class TokenStore:
 
     def append(self, packed: dict[str, Tensor], tokens: int) -> None:
         """Add encoded tokens; their number is a multiple of the layout's block."""
-        self._reserve(self.length + tokens)
+        self.reserve(tokens)
         for name, field in self.layout.fields.items():
             start = self.length // field.tokens
             self.buffers[name].narrow(2, start, tokens // field.tokens).copy_(packed[name])
         self.length += tokens
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for that many more; a kernel may then write them behind the last and add to `length`."""
+        self._grow(self.length + tokens)
 
     def read(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Views of the rows of tokens `start` to `stop`, both multiples of the block."""
@@ -58,14 +65,14 @@ class TokenStore:
         """Bytes of the buffers, room to grow included."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def _reserve(self, tokens: int) -> None:
-        block = self.layout.block
+    def _grow(self, tokens: int) -> None:
+        multiple = math.lcm(self.layout.block, self.ALIGNMENT)
         for name, field in self.layout.fields.items():
             old = self.buffers[name]
             if old.shape[2] * field.tokens >= tokens:
                 continue
             grown = max(tokens, self.length + max(self.length // 8, self.MIN_GROWTH))
-            rows = -(-grown // block) * block // field.tokens
+            rows = -(-grown // multiple) * multiple // field.tokens
             new = old.new_empty(*old.shape[:2], rows, field.size)
             used = -(-self.length // field.tokens)
             new[:, :, :used] = old[:, :, :used]

@@ -13,11 +13,16 @@ from .store import TokenStore
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to attend to a group's packed tokens: `attend` as in `blockwise.attend`, and why it was chosen."""
+    """A way to attend to a group's packed tokens: `attend` as in `blockwise.attend`, and why it was chosen.
+
+    `append(codec, vectors, store)`, if there is one, encodes `[batch, heads, tokens, head_dim]` straight into the
+    room that was reserved behind the last row of `store`; without it `codec.encode` is called and its rows copied.
+    """
 
     name: str
     attend: Callable[..., tuple[Tensor, Tensor]]
     reason: str
+    append: Callable[[Codec, Tensor, TokenStore], None] | None = None
 
 
 @dataclass(frozen=True)

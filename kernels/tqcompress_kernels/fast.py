@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .fast_kernel import decode_kernel
+from .packed import Packed
 
 LANES = 32
 
@@ -70,31 +71,84 @@ def padded(dim: int, bits: int, key: bool) -> int:
     return max(least, 1 << (dim - 1).bit_length())
 
 
-def split(
-    rotated: Tensor, bias: Tensor | None, key, value, key_lookup: Lookup, value_lookup: Lookup, partial: Tensor,
-    lse: Tensor, tokens: int, lengths: Tensor | None, mask: Tensor | None, block_table: Tensor | None, scaling: float,
-    softcap: float | None, tile: int = 64, stages: int = 2,
-) -> None:  # fmt: skip
-    """Fill `partial` `[batch, kv_heads, splits, columns, head_dim]` and `lse` (log2 units); see `plain.split`."""
-    batch, kv_heads, columns, dim = rotated.shape
-    splits = partial.shape[2]
-    kc, vc = key.planes[0], value.planes[0]
-    kh, vh = key.planes[-1], value.planes[-1]
-    page = 0 if block_table is None else kc.shape[2]
-    flag = lse  # stands for tensors that are not there
-    decode_kernel[batch * kv_heads, splits](
-        rotated, flag if bias is None else bias, kc, kh, key.scale, key_lookup.table, vc, vh, value.scale,
-        value_lookup.table, flag if mask is None else mask.view(torch.uint8), flag if lengths is None else lengths,
-        flag if block_table is None else block_table, partial, lse,
-        tokens, kv_heads, scaling, softcap or 1.0, key_lookup.step, value_lookup.step,
-        *kc.stride()[:2], *kh.stride()[:2], *key.scale.stride()[:2],
-        *vc.stride()[:2], *vh.stride()[:2], *value.scale.stride()[:2],
-        0 if mask is None else mask.stride(0), 0 if block_table is None else block_table.stride(0),
-        KEY=key_lookup.kind, VALUE=value_lookup.kind, D=dim,
-        KD=padded(dim, key_lookup.bits, True), VD=padded(dim, value_lookup.bits, False),
-        COLUMNS=columns, C=4 if columns <= 4 else 8, T=tile, PAGE=page,
-        KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
-        VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2),
-        STAGES=stages, SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
-        num_warps=1,
-    )  # fmt: skip
+def obstacle(key_levels: Tensor, value_levels: Tensor, dim: int, device: torch.device) -> str | None:
+    """Why the kernel cannot read such keys and values of head_dim `dim` on `device`, or None if it can."""
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "compute capability below 8.0 has no int8 mma.sync m16n8k32"
+    for side, levels in (("key", key_levels), ("value", value_levels)):
+        found = lookup(levels, torch.device("cpu"))
+        if isinstance(found, str):
+            return f"{side}s have {found}"
+        narrowest = 1 if found.bits == 3 else found.bits
+        if dim * narrowest % 32:
+            return f"{side} rows of {dim} codes are not whole 32-bit words"
+    return None
+
+
+class FastSplit:
+    """`plain.split` for keys and values of these lookups, on int8 tensor cores."""
+
+    def __init__(self, key: Lookup, value: Lookup):
+        self.key, self.value = key, value
+
+    def __call__(
+        self, rotated: Tensor, bias: Tensor | None, key: Packed, value: Packed, partial: Tensor, lse: Tensor,
+        tokens: int, lengths: Tensor | None, mask: Tensor | None, block_table: Tensor | None, scaling: float,
+        softcap: float | None, tile: int | None = None, stages: int = 2,
+    ) -> None:  # fmt: skip
+        """Fill `partial` `[batch, kv_heads, splits, columns, head_dim]` and `lse`; see `plain.split`.
+
+        Raises `ValueError` if rows are not aligned to 4 bytes or pages are no multiple of 32 tokens.
+        """
+        columns, dim = rotated.shape[2:]
+        at_once = 16 if columns > 8 and dim <= 128 else 8
+        page = 0 if block_table is None else key.planes[0].shape[2]
+        for first in range(0, columns, at_once):
+            count = min(at_once, columns - first)
+            small = dim > 128 or count > 8 or page % 64
+            self._launch(
+                rotated[:, :, first:], None if bias is None else bias[:, :, first:], key, value,
+                partial[:, :, :, first:], lse[:, :, :, first:], count, tokens, lengths, mask, block_table, page,
+                scaling, softcap, tile or (32 if small else 64), stages,
+            )  # fmt: skip
+
+    def _launch(
+        self, rotated, bias, key, value, partial, lse, columns, tokens, lengths, mask, block_table, page, scaling,
+        softcap, tile, stages,
+    ):  # fmt: skip
+        batch, kv_heads, _, dim = rotated.shape
+        _check(key, "key", page, tile)
+        _check(value, "value", page, tile)
+        kc, kh, vc, vh = key.planes[0], key.planes[-1], value.planes[0], value.planes[-1]
+        none = lse  # stands for tensors that are not there
+        decode_kernel[batch * kv_heads, partial.shape[2]](
+            rotated, none if bias is None else bias, kc, kh, key.scale, self.key.table, vc, vh, value.scale,
+            self.value.table, none if mask is None else mask.view(torch.uint8), none if lengths is None else lengths,
+            none if block_table is None else block_table, partial, lse,
+            tokens, kv_heads, partial.stride(2) // dim, scaling, softcap or 1.0, self.key.step, self.value.step,
+            *kc.stride()[:2], *kh.stride()[:2], *key.scale.stride()[:2],
+            *vc.stride()[:2], *vh.stride()[:2], *value.scale.stride()[:2],
+            0 if mask is None else mask.stride(0), 0 if block_table is None else block_table.stride(0),
+            KEY=self.key.kind, VALUE=self.value.kind, D=dim,
+            KD=padded(dim, self.key.bits, True), VD=padded(dim, self.value.bits, False),
+            COLUMNS=columns, C=max(4, 1 << (columns - 1).bit_length()), T=tile, PAGE=page,
+            KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
+            VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
+            SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
+            num_warps=1,
+        )  # fmt: skip
+
+
+def _check(side: Packed, name: str, page: int, tile: int) -> None:
+    """Refuse storage that the kernel's 4-byte copies would misread."""
+    if page % tile:
+        raise ValueError(f"pages of {page} tokens: the int8 kernel reads pages of a multiple of {tile}")
+    for plane in side.planes:
+        if any(stride % 4 for stride in plane.stride()[:3]) or plane.data_ptr() % 4:
+            raise ValueError(f"{name} codes with strides {plane.stride()}: rows must begin at multiples of 4 bytes")
+    size, strides = side.scale.element_size(), side.scale.stride()
+    if strides[2] != 1 or strides[0] * size % 4 or strides[1] * size % 4 or side.scale.data_ptr() % 4:
+        raise ValueError(
+            f"{name} scales with strides {strides}: those of a head must be contiguous and begin at a "
+            "multiple of 4 bytes"
+        )

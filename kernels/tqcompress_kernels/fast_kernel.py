@@ -50,10 +50,11 @@ def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, 
         return mma_v2(a, P, r)
 
 
-@gluon.jit
+# Not specialised: what changes from step to step, or it would be compiled anew.
+@gluon.jit(do_not_specialize=["tokens", "kv_heads", "all_columns"])
 def decode_kernel(
     p_query, p_bias, p_kc, p_kh, p_ks, k_table, p_vc, p_vh, p_vs, v_table, p_mask, p_lengths, p_pages, p_out, p_lse,
-    tokens, kv_heads, scaling, softcap, key_step, value_step,
+    tokens, kv_heads, all_columns, scaling, softcap, key_step, value_step,
     kc_n, kc_h, kh_n, kh_h, ks_n, ks_h, vc_n, vc_h, vh_n, vh_h, vs_n, vs_h, mask_b, pages_b,
     KEY: gl.constexpr, VALUE: gl.constexpr, D: gl.constexpr, KD: gl.constexpr, VD: gl.constexpr,
     COLUMNS: gl.constexpr, C: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
@@ -116,7 +117,7 @@ def decode_kernel(
             copy_side(v_ring, ahead, values, start + ahead * T, end, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T)
         async_copy.commit_group()
 
-    queries, top, total = query_operands(p_query + row * COLUMNS * D, KEY, KD * KMAIN // 128, D, COLUMNS, N, B8)
+    queries, top, total = query_operands(p_query + row * all_columns * D, KEY, KD * KMAIN // 128, D, COLUMNS, N, B8)
     gain = per_head(top, HEAD) * (key_step * scaling / LIMIT)
     head = gl.arange(0, C, HEAD)
     offset = gl.zeros([C], gl.float32, HEAD)
@@ -124,7 +125,7 @@ def decode_kernel(
         offset = per_head(total, HEAD) * (0.5 * ((1 << KB) - 1) - (128 if KB == 8 else 0))
     bias = gl.zeros([C], gl.float32, HEAD)
     if BIAS:
-        bias = gl.load(p_bias + row * COLUMNS + head, mask=head < COLUMNS, other=0.0)
+        bias = gl.load(p_bias + row * all_columns + head, mask=head < COLUMNS, other=0.0)
     k_tables = ()
     for i in gl.static_range(tables_of("key", KEY)):
         k_tables = k_tables + (key_table(k_table + 32 * i, T),)
@@ -209,7 +210,7 @@ def decode_kernel(
             if part == 0:
                 stage = (stage + 1) % STAGES
     inverse = gl.where(mass > 0.0, 1.0 / mass, 0.0)
-    o_out = (row * splits + i_split) * COLUMNS
+    o_out = (row * splits + i_split) * all_columns
     scale_o = gl.convert_layout(inverse * value_step, HEAD_O)[None, :]
     weight_o = gl.convert_layout(weight * inverse * value_step, HEAD_O)[None, :]
     col = gl.arange(0, C, HEAD_O)[None, :]

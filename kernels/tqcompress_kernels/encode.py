@@ -1,0 +1,259 @@
+"""Encoding in one kernel: rotate, centre, normalise, quantize, correct the norm, pack, and store where the cache is."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .encode_kernel import encode_kernel
+from .packed import plane_widths
+from .storage import aligned, units
+
+INTERPRETED = not isinstance(encode_kernel, triton.JITFunction)
+CHUNK_BYTES = 24 << 10  # of a matrix that is streamed through shared memory, twice
+FEW = 16  # vectors of a head that are encoded one a program, without a matrix product
+LINEAR_BITS = 4  # up to here a coordinate is compared with every boundary; above, by binary search in the table
+
+
+class Encoder(NamedTuple):
+    """What `encode` needs to know of one side (keys or values) of a layer; made once by `encoder`.
+
+    Attributes:
+        matrix: bfloat16 `[terms, 1 or kv_heads, size, size]`; `factor` times the sum of the terms is the map into
+            the stored basis, to float32. Padded with zeros to a power of two, columns in the order of `_columns`.
+        mean: float32 `[kv_heads, size]`, the mean in the basis of `matrix`, or None.
+        table: float32, the positive boundaries and then the squares of the positive levels, both ascending.
+        uniform: whether the levels are evenly spaced.
+    """
+
+    matrix: Tensor
+    mean: Tensor | None
+    table: Tensor
+    factor: float
+    bits: int
+    log_scale: bool
+    norm_correction: bool
+    uniform: bool
+
+
+def encoder(
+    into: Tensor, mean: Tensor | None, levels: Tensor, scale_format: str, norm_correction: bool = True
+) -> Encoder:
+    """Prepare an `Encoder`; reads values on the host, so not while a CUDA graph is captured.
+
+    Args:
+        into: float32 `[1 or kv_heads, head_dim, head_dim]`; stored are the coordinates of `(x - mean) @ into`.
+        mean: float32 `[kv_heads, head_dim]` or None.
+        levels: float32 `[2**bits]`, ascending and symmetric about zero.
+        scale_format: "fp16" or "log8".
+    """
+    dim, count = into.shape[-1], levels.shape[0]
+    if dim % 8 or dim > 256:
+        raise ValueError(f"head_dim: found {dim}; multiples of 8 up to 256 are supported")
+    if (levels + levels.flip(0)).abs().max() > 1e-6 * levels.abs().max():
+        raise ValueError(f"levels: found {levels.tolist()}; they must be symmetric about zero")
+    (terms, factor), rest = _bfloat16_terms(into.double()), _size(dim) - dim
+    matrix = _columns(torch.nn.functional.pad(terms, (0, rest, 0, rest))).contiguous()
+    if mean is not None:
+        mean = (mean.double()[:, None] @ into.double())[:, 0] / factor
+        mean = _columns(torch.nn.functional.pad(mean, (0, rest))).float().contiguous()
+    positive = levels[count // 2 :].float()
+    table = torch.cat([(positive[1:] + positive[:-1]) / 2, positive.square()])
+    odd = torch.arange(count // 2, device=levels.device) * 2 + 1
+    uniform = count > 2 and bool((positive / positive[0] - odd).abs().max() < 1e-4)
+    bits, log_scale = count.bit_length() - 1, scale_format == "log8"
+    return Encoder(matrix, mean, table, factor, bits, log_scale, norm_correction, uniform)
+
+
+def encode(
+    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: Encoder, slots: Tensor | None = None
+) -> None:
+    """Encode vectors into rows of a cache's storage; nothing else there is touched.
+
+    Args:
+        x: `[batch, kv_heads, tokens, head_dim]` float16, bfloat16 or float32, any strides; copied unless the last is 1.
+        planes: the bit planes, widest first, uint8 `[batch, kv_heads, rows, head_dim * width / 8]`; for `slots`
+            `[pages, kv_heads, page_tokens, ...]`. All strides but the last are free.
+        scale: `[..., rows, 1]`, float16 or uint8 (log8), shaped like the planes but for the last dimension.
+        start: token t goes to row `start + t`.
+        by: the prepared `encoder`.
+        slots: int64 `[batch, tokens]` or None. If given, token (b, t) goes to row `slots[b, t] % page_tokens` of page
+            `slots[b, t] // page_tokens` instead, and nowhere if the slot is negative. A contiguous cache whose length
+            is only known on the device is such a target: its "pages" are the batch.
+    """
+    if x.numel() == 0:
+        return
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            _launch(x, planes, scale, start, by, slots)
+    else:
+        _launch(x, planes, scale, start, by, slots)
+
+
+@torch.library.custom_op("tqcompress::encode", mutates_args={"planes", "scale"})
+def encode_op(
+    x: Tensor,
+    planes: list[Tensor],
+    scale: Tensor,
+    start: int,
+    matrix: Tensor,
+    mean: Tensor | None,
+    table: Tensor,
+    factor: float,
+    bits: int,
+    log_scale: bool,
+    norm_correction: bool,
+    uniform: bool,
+    slots: Tensor | None,
+) -> None:
+    """`encode` for compiled models: `encode_op(x, planes, scale, start, *encoder, slots)`."""
+    by = Encoder(matrix, mean, table, factor, bits, log_scale, norm_correction, uniform)
+    encode(x, tuple(planes), scale, start, by, slots)
+
+
+@encode_op.register_fake
+def _(x, planes, scale, start, *_) -> None:
+    return None
+
+
+def _size(dim: int) -> int:
+    return max(64, triton.next_power_of_2(dim))
+
+
+def _lanes(size: int) -> int:
+    """Threads that share a row of the rotated tile when it comes out of a Hopper matrix product."""
+    return 8 if size == 256 else 4
+
+
+def _columns(x: Tensor) -> Tensor:
+    """Reorder the last dimension so that each thread of that product gets adjacent coordinates.
+
+    Four threads hold columns 0-1, 2-3, 4-5 and 6-7 of every eight (and half of the eights if eight threads share a
+    row). Stored coordinates are read off thread by thread, so the kernel packs codes without exchanging any.
+    """
+    size, lanes = x.shape[-1], _lanes(x.shape[-1])
+    return x.unflatten(-1, (lanes // 4, 4, size // lanes // 2, 2)).transpose(-2, -3).flatten(-4)
+
+
+def _bfloat16_terms(into: Tensor) -> tuple[Tensor, float]:
+    """bfloat16 tensors `[terms, ...]` whose sum times the factor is the float64 `into`, to float32.
+
+    Entries of one magnitude, as in a Hadamard matrix, and of the identity are one term of ones; others are three.
+    """
+    magnitude = into.abs().max().item()
+    factor = magnitude if (into.abs() == magnitude).all() else 1.0
+    rest, terms = into / factor, []
+    plain = ((rest == 0) | (rest.abs() == 1)).all()
+    for _ in range(1 if plain else 3):
+        terms.append(rest.to(torch.bfloat16))
+        rest = rest - terms[-1].double()
+    return torch.stack(terms), factor
+
+
+def _method(by: Encoder) -> str:
+    if by.uniform:
+        return "uniform"
+    return "linear" if by.bits <= LINEAR_BITS else "search"
+
+
+def _dot_type(dtype: torch.dtype, x_terms: int, block: int) -> tl.dtype:
+    """What products are taken in. The interpreter knows no bfloat16 products; what is split is exact in float32."""
+    if INTERPRETED or block == 1:
+        return tl.float32
+    return tl.float16 if dtype == torch.float16 and x_terms == 1 else tl.bfloat16
+
+
+def _terms_of(dtype: torch.dtype, matrix_terms: int) -> int:
+    """bfloat16 terms that a coordinate is split into; 1 leaves it as it is."""
+    if dtype == torch.float32:
+        return 3
+    return 2 if dtype == torch.float16 and matrix_terms > 1 else 1
+
+
+class _Tiling(NamedTuple):
+    """How the work is cut up for a device."""
+
+    block: int  # tokens of a tile; 1 computes without a matrix product
+    resident: bool  # whether the matrix stays in shared memory from tile to tile
+    programs: int  # at most, all heads together
+    options: dict[str, int]  # of the compiler
+
+
+VECTORS = _Tiling(1, False, 1 << 30, {"num_warps": 4})
+
+
+@functools.cache
+def _tiling(device: int | None, itemsize: int, terms: int, size: int) -> _Tiling:
+    """The tiling for coordinates of `itemsize` bytes and a matrix of that size."""
+    block, warps = (64, 8) if size == 256 else (128, 8 if size == 128 else 4)
+    if INTERPRETED:
+        return _Tiling(64, True, 1, {})
+    properties = torch.cuda.get_device_properties(device)
+    # Hopper and its successors read both operands of a product from shared memory: it pays to keep the matrix there.
+    kept = {9: 220 << 10, 10: 150 << 10}.get(properties.major, 0) if torch.version.hip is None else 0
+    resident = 2 * size * (size * terms + block * itemsize) <= kept
+    options = {"num_warps": warps, "num_stages": 2}
+    if resident and terms == 1 and itemsize == 2 and size <= 128:
+        options["maxnreg"] = 128  # 16 warps a multiprocessor instead of 8
+    return _Tiling(block, resident, 4 * properties.multi_processor_count, options)
+
+
+def _launch(
+    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: Encoder, slots: Tensor | None
+) -> None:
+    """Choose the tiles and run the kernel."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, tokens, dim = x.shape
+    terms, matrices, size, _ = by.matrix.shape
+    tiling = VECTORS if batch * tokens <= FEW else _tiling(x.device.index, x.element_size(), terms, size)
+    block, x_terms = tiling.block, _terms_of(x.dtype, terms)
+    flat = tokens < block or block == 1
+    widths = plane_widths(by.bits)
+    tiles = -(-batch * tokens // block) if flat else batch * -(-tokens // block)
+    per = -(-tiles // max(1, tiling.programs // heads))
+    x_unit, x_strides = units(x.stride()[:3], 8)
+    plane_unit, plane_strides = units(tuple(stride for plane in planes for stride in plane.stride()[:3]), 16)
+    encode_kernel[(-(-tiles // per), heads)](
+        x,
+        tuple(planes),
+        scale,
+        slots,
+        by.matrix,
+        by.mean,
+        by.table,
+        x_strides,
+        plane_strides,
+        units(scale.stride()[:3], 1)[1],
+        0 if slots is None else slots.stride(0),
+        by.matrix.stride(0),
+        by.matrix.stride(1) if matrices > 1 else 0,
+        batch,
+        tokens,
+        start,
+        tiles,
+        per,
+        by.factor,
+        DIM=dim,
+        SIZE=size,
+        LANES=_lanes(size),
+        BITS=by.bits,
+        WIDTHS=widths,
+        LOG_SCALE=by.log_scale,
+        CORRECT=by.norm_correction,
+        METHOD=_method(by),
+        FLAT=flat,
+        PAGE_TOKENS=0 if slots is None else planes[0].shape[2],
+        X_UNIT=x_unit,
+        PLANE_UNIT=plane_unit,
+        ALIGNED=aligned(planes, widths),
+        X_TERMS=x_terms,
+        M_TERMS=terms,
+        DOT=_dot_type(x.dtype, x_terms, block),
+        RESIDENT=tiling.resident,
+        CHUNK=min(64, 1 << ((CHUNK_BYTES // (2 * terms * size)).bit_length() - 1)),
+        BLOCK=block,
+        **tiling.options,
+    )

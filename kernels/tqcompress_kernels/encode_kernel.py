@@ -1,0 +1,153 @@
+"""The device side of `encode`. A tile is `[BLOCK, SIZE]`: tokens of one head, coordinates padded to `SIZE`."""
+
+import triton
+import triton.language as tl
+
+from .quantize import levels_of, quantized
+from .storage import offset_of, shuffled, store_words
+
+
+@triton.jit(do_not_specialize=["slot_stride", "batch", "tokens", "start", "tiles", "per"])
+def encode_kernel(
+    x,
+    planes,  # tuple, widest first
+    scale,
+    slots,
+    matrix,
+    mean,
+    table,
+    x_strides,  # tuples of strides of batch (or page), head and token, see `offset_of`; the planes' one after another
+    plane_strides,
+    scale_strides,
+    slot_stride,
+    term_stride,
+    head_stride,  # of the matrix; 0 if the heads share it
+    batch,
+    tokens,
+    start,
+    tiles,
+    per,
+    factor,
+    DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    LOG_SCALE: tl.constexpr,
+    CORRECT: tl.constexpr,
+    METHOD: tl.constexpr,
+    FLAT: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,  # 0 without slots
+    X_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    X_TERMS: tl.constexpr,
+    M_TERMS: tl.constexpr,
+    DOT: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tiles `program_id(0) * per` and on of head `program_id(1)`."""
+    head = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * per
+    matrix += head * head_stride
+    levels = levels_of(table, BITS, METHOD)
+    if RESIDENT:
+        held = _terms_of_matrix(matrix, 0, SIZE, SIZE, M_TERMS, term_stride, DOT)
+    for tile in tl.range(first, tl.minimum(first + per, tiles)):
+        # Row i of the tile is token `row + lane[i]` of batch element `page`; `page` and `row` have a value for each
+        # row of the tile where tiles run on from one batch element into the next.
+        lane = tl.arange(0, BLOCK)
+        if FLAT:
+            page, row = ((tile * BLOCK + lane) // tokens).to(tl.int64), ((tile * BLOCK + lane) % tokens).to(tl.int64)
+            seen, lane = page < batch, lane * 0
+        else:
+            a_batch = tl.cdiv(tokens, BLOCK)
+            page, row = (tile // a_batch).to(tl.int64), (tile % a_batch).to(tl.int64) * BLOCK
+            seen = lane < tokens - row
+        vectors = x + offset_of(page, row, head, lane, x_strides, X_UNIT)
+        y = tl.zeros((BLOCK, SIZE), tl.float32)
+        if RESIDENT:
+            y = _product(y, _coordinates(vectors, seen, 0, SIZE, SIZE, DIM), held, X_TERMS, M_TERMS, DOT)
+        else:
+            for k in tl.range(0, SIZE, CHUNK):
+                part = _terms_of_matrix(matrix, k, CHUNK, SIZE, M_TERMS, term_stride, DOT)
+                y = _product(y, _coordinates(vectors, seen, k, CHUNK, SIZE, DIM), part, X_TERMS, M_TERMS, DOT)
+        if mean is not None:
+            y -= tl.load(mean + head * SIZE + tl.arange(0, SIZE))[None, :]
+        # The coordinates in their stored order, `SIZE // LANES` adjacent ones a thread: see `_columns`.
+        y = tl.permute(tl.reshape(y, (BLOCK, LANES // 4, SIZE // LANES // 2, 4, 2)), (0, 1, 3, 2, 4))
+        y = tl.reshape(y, (BLOCK, LANES, SIZE // LANES) if BLOCK > 1 else (1, SIZE // 8, 8))
+        rms = tl.sqrt(tl.sum(tl.sum(y * y, 2), 1, keep_dims=True) / DIM)
+        words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
+        if CORRECT:
+            stored = tl.sum(rms, 1) * factor / tl.sqrt(tl.sum(energy, 1) / DIM + levels[0])
+        else:
+            stored = tl.sum(rms, 1) * factor
+        if PAGE_TOKENS:
+            slot = tl.load(slots + page * slot_stride + row + lane, mask=seen, other=-1)
+            seen, page, row, lane = slot >= 0, slot // PAGE_TOKENS, slot % PAGE_TOKENS, lane * 0
+        else:
+            row += start
+        for i in tl.static_range(len(planes)):
+            strides = (plane_strides[3 * i], plane_strides[3 * i + 1], plane_strides[3 * i + 2])
+            rows = planes[i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
+            if BITS == 3 and WIDTHS[i] == 1:
+                store_words(rows, shuffled(words[i]), seen, 2, (DIM + 15) // 16, ALIGNED)
+            else:
+                store_words(rows, words[i], seen, WIDTHS[i], DIM // 8, ALIGNED)
+        rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
+        tl.store(rows, _scale(stored, LOG_SCALE), mask=seen)
+
+
+@triton.jit
+def _coordinates(vectors, seen, first, COUNT: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr):
+    """`[BLOCK, COUNT]` coordinates from `first` on, zeros where there are none."""
+    column = first + tl.arange(0, COUNT)
+    mask = seen[:, None]
+    if DIM < SIZE:
+        mask = mask & (column < DIM)[None, :]
+    return tl.load(vectors[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _terms_of_matrix(matrix, first, COUNT: tl.constexpr, SIZE: tl.constexpr, TERMS: tl.constexpr, stride, DOT):
+    """`COUNT` rows of every term of the matrix."""
+    terms = ()
+    offset = (first + tl.arange(0, COUNT))[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    for i in tl.static_range(TERMS):
+        terms += (tl.load(matrix + i * stride + offset).to(DOT),)
+    return terms
+
+
+@triton.jit
+def _product(y, x, matrix, X_TERMS: tl.constexpr, M_TERMS: tl.constexpr, DOT: tl.constexpr):
+    """`y + x @ sum(matrix)` to float32: `x` is split into terms too, and products below 2**-24 are left out."""
+    if y.shape[0] == 1:
+        entries = matrix[0]
+        for i in tl.static_range(1, M_TERMS):
+            entries += matrix[i]
+        y += tl.sum(tl.permute(x, (1, 0)).to(tl.float32) * entries, 0)[None, :]
+    else:
+        rest, terms = x, ()
+        for _ in tl.static_range(X_TERMS):
+            term = rest.to(tl.bfloat16 if X_TERMS > 1 else x.dtype)
+            terms += (term.to(DOT),)
+            rest = rest.to(tl.float32) - term.to(tl.float32)
+        for i in tl.static_range(X_TERMS):  # the smallest products first
+            for j in tl.static_range(M_TERMS):
+                if X_TERMS - i + M_TERMS - j <= 4:
+                    y = tl.dot(terms[X_TERMS - i - 1], matrix[M_TERMS - j - 1], y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def _scale(scale, LOG_SCALE: tl.constexpr):
+    """The stored form: float16, or 2^((code - 128) / 16) in 8 bits, 0 for zero and 255 for too large or NaN."""
+    if LOG_SCALE:
+        code = tl.floor(tl.log2(scale) * 16 + 128.5)
+        stored = tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), 255.0), 255.0).to(tl.int32).to(tl.uint8)
+    else:
+        stored = scale.to(tl.float16)
+    return stored

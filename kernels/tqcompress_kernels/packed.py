@@ -1,0 +1,39 @@
+"""What the kernels read of a compressed side: its bit planes, scales and levels."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """The widths of the planes of a code of `bits` bits, widest first: 3 -> (2, 1), 6 -> (4, 2)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+class Packed(NamedTuple):
+    """Keys or values as they are stored: `levels[code] * scale` in the rotated basis.
+
+    N is the batch (contiguous cache, rows are tokens) or the number of pages (paged cache, rows are the
+    tokens of a page). The last stride of every tensor is 1, all others are free.
+
+    planes: uint8 `[N, kv_heads, rows, ceil(head_dim * width / 8)]`, one per width of `plane_widths(bits)`;
+        the widest holds the low bits of the codes.
+    scale: `[N, kv_heads, rows, 1]`, float16, or uint8 for 2 ** ((code - 128) / 16) with 0 for code 0.
+    levels: float32 `[2**bits]`, ascending and symmetric (`levels[i] == -levels[-1 - i]`).
+    bits: 1-8.
+    step: if not None, `levels / step` are integers in [-127, 127].
+    uniform: whether the levels are equally spaced (kernels then compute them instead of looking them up).
+    """
+
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    levels: Tensor
+    bits: int
+    step: float | None = None
+    uniform: bool = False
+
+
+def is_uniform(levels: Tensor) -> bool:
+    """Whether `levels` are equally spaced; reads them on the host, so once a codec and not once a step."""
+    gaps = levels.double().diff()
+    return bool(((gaps - gaps.mean()).abs() <= 1e-5 * gaps.mean()).all())

@@ -1,0 +1,86 @@
+"""The queries of a decode in the basis of the stored keys: the first of its three launches.
+
+The naive version is `reference.prepare`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = tl.constexpr(32)  # coordinates of the result a program computes
+
+
+@triton.jit
+def load_columns(
+    p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM: tl.constexpr, DIM_PAD: tl.constexpr
+):
+    """The queries `[len(i_c), DIM_PAD]` of columns `i_c` of a KV head; zeros past the end."""
+    head, query = i_h * (columns // queries) + i_c // queries, i_c % queries
+    i_d = tl.arange(0, DIM_PAD)
+    p_row = p_query + i_b * query_b + head * query_h + query * query_q
+    return tl.load(p_row[:, None] + i_d[None, :], mask=(i_c < columns)[:, None] & (i_d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _prepare(
+    p_query, p_back, p_mean, p_rotated, p_bias, query_b, query_h, query_q, back_h, mean_h,
+    kv_heads, columns, queries, scaling, DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    i_head = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_head // kv_heads, i_head % kv_heads
+    i_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    i_d, i_n = tl.arange(0, DIM_PAD), tl.program_id(2) * TILE + tl.arange(0, TILE)
+    query = load_columns(p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM, DIM_PAD)
+    query = query.to(tl.float32)
+    m_back = (i_d < DIM)[:, None] & (i_n < DIM)[None, :]
+    back = tl.load(p_back + i_h * back_h + i_n[None, :] * DIM + i_d[:, None], mask=m_back, other=0.0)
+    rotated = tl.dot(query, back, input_precision="ieee")
+    o_c = i_head * columns + i_c
+    m_out = (i_c < columns)[:, None] & (i_n < DIM)[None, :]
+    tl.store(p_rotated + o_c[:, None] * DIM + i_n[None, :], rotated, mask=m_out)
+    if tl.program_id(2) == 0:
+        bias = tl.zeros([COLUMNS], tl.float32)
+        if p_mean is not None:
+            mean = tl.load(p_mean + i_h * mean_h + i_d, mask=i_d < DIM, other=0.0)
+            bias = tl.sum(query * mean[None, :], 1) * scaling
+        tl.store(p_bias + o_c, bias, mask=i_c < columns)
+
+
+def tile_columns(heads: int, columns: int, dim: int) -> int:
+    """Columns that one program of `prepare` or `combine` takes: one, unless there are more than enough programs."""
+    tile, programs = 1, heads * columns * triton.cdiv(dim, TILE.value)
+    while tile < min(8, columns) and programs > 512 * tile:
+        tile *= 2
+    return tile
+
+
+def prepare(
+    query: Tensor, key_back: Tensor, key_mean: Tensor | None, rotated: Tensor, bias: Tensor, scaling: float
+) -> None:
+    """Write `rotated` and `bias`.
+
+    Args:
+        query: float16, bfloat16 or float32 `[batch, kv_heads * share, queries, head_dim]`, last stride 1.
+        key_back: float32 `[1 or kv_heads, head_dim, head_dim]`: key = stored key @ key_back + key_mean.
+        key_mean: float32 `[kv_heads, head_dim]`.
+        rotated: query @ key_back^T, float32 `[batch, kv_heads, share * queries, head_dim]`.
+        bias: query . key_mean * scaling, float32 `[batch, kv_heads, share * queries]`.
+    """
+    batch, kv_heads, columns, dim = rotated.shape
+    if rotated.numel() == 0:
+        return
+    tile = tile_columns(batch * kv_heads, columns, dim)
+    _prepare[batch * kv_heads, triton.cdiv(columns, tile), triton.cdiv(dim, TILE.value)](
+        query, key_back, key_mean, rotated, bias, *query.stride()[:3],
+        0 if key_back.shape[0] == 1 else key_back.stride(0), 0 if key_mean is None else key_mean.stride(0),
+        kv_heads, columns, query.shape[2], scaling,
+        DIM=dim, DIM_PAD=max(16, triton.next_power_of_2(dim)), COLUMNS=tile, num_warps=4,
+    )  # fmt: skip
+
+
+def empty(query: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised `rotated` and `bias` for `prepare`."""
+    batch, heads, queries, dim = query.shape
+    rotated = query.new_empty(batch, kv_heads, heads // kv_heads * queries, dim, dtype=torch.float32)
+    return rotated, query.new_empty(rotated.shape[:3], dtype=torch.float32)

@@ -1,0 +1,30 @@
+"""How many spans the packed tokens of a decode are split into."""
+
+import functools
+
+import torch
+
+PROGRAMS = 8  # a multiprocessor: as many as its registers hold
+MIN_SPLIT = 256  # tokens: shorter spans cost more to merge than they gain
+MAX_SPLITS = 512
+
+# Measured: (device name, batch * kv_heads, head_dim) -> programs in all, where it differs from the rule.
+MEASURED: dict[tuple[str, int, int], int] = {}
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Name and number of multiprocessors."""
+    if device.type != "cuda":
+        return device.type, 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def splits(device: torch.device, heads: int, head_dim: int, tokens: int) -> int:
+    """The split count for `heads` = batch * kv_heads and at most `tokens` packed tokens; 0 for no tokens."""
+    if tokens <= 0:
+        return 0
+    name, processors = _device(device)
+    programs = MEASURED.get((name, heads, head_dim), PROGRAMS * processors)
+    return max(1, min(programs // max(heads, 1), -(-tokens // MIN_SPLIT), MAX_SPLITS))

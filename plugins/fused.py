@@ -1,0 +1,155 @@
+"""Fused attention on CUDA: which groups get it, and how a cache's view becomes kernel arguments.
+
+The kernels themselves (`tqcompress_kernels`) know tensors only. They read any codec that tells its scalar levels.
+"""
+
+import importlib.util
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tqcompress import Backend, Codec, hookimpl
+from tqcompress.blockwise import attend as attend_blockwise
+from tqcompress.packing import plane_fields
+from tqcompress.store import TokenStore
+from tqcompress.view import GroupView
+
+FEW_QUERIES = 32  # columns (queries times query heads of a KV head) up to which codes are read directly
+
+
+@hookimpl(trylast=True)
+def tqcompress_backend(group, codecs, device):
+    """Fused kernels for groups on CUDA whose codecs are scalar levels."""
+    if device.type != "cuda":
+        return None
+    reason = _obstacle(codecs["key"], codecs["value"])
+    if reason is not None:
+        return Backend("torch", attend_blockwise, reason)
+    return FusedGroup(codecs["key"], codecs["value"], device).backend()
+
+
+def _obstacle(*codecs: Codec) -> str | None:
+    """Why there is no kernel for these codecs, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, which fused kernels need"
+    for codec in codecs:
+        if codec.levels() is None:
+            return f"{codec.name} {codec.shape.side}s have no scalar levels for fused kernels to read"
+        if codec.shape.head_dim % 8 or codec.shape.head_dim > 256:
+            return f"head_dim {codec.shape.head_dim} is not a multiple of 8 up to 256"
+    return None
+
+
+class Side:
+    """Constants of one codec on its device, made at their first use."""
+
+    def __init__(self, codec: Codec, device: torch.device):
+        self.codec, self.device, self.scalar = codec, device, codec.levels()
+        self.planes = tuple(plane_fields(codec.shape.head_dim, self.scalar.bits))
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """float32 `[2**bits]`."""
+        return self.scalar.levels.to(self.device).float()
+
+    @cached_property
+    def back(self) -> Tensor:
+        """float32 `[1 or kv_heads, head_dim, head_dim]`, from the stored basis to the original one."""
+        return self.scalar.back.to(self.device).float().contiguous()
+
+    @cached_property
+    def mean(self) -> Tensor | None:
+        """float32 `[kv_heads, head_dim]` or None."""
+        return None if self.scalar.mean is None else self.scalar.mean.to(self.device).float().contiguous()
+
+    @cached_property
+    def encoder(self):
+        """What `tqcompress_kernels.encode` needs to know."""
+        from tqcompress_kernels.encode import encoder
+
+        scalar = self.scalar
+        mean = None if scalar.mean is None else scalar.mean.to(self.device)
+        into = scalar.into.to(self.device)
+        return encoder(into, mean, self.levels, scalar.scale_format, scalar.norm_correction)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether levels are equally spaced."""
+        gaps = self.scalar.levels.diff()
+        return bool(torch.allclose(gaps, gaps.mean(), rtol=1e-5))
+
+    def packed(self, store: TokenStore):
+        """The stored tokens as kernels read them."""
+        from tqcompress_kernels.packed import Packed
+
+        buffers = store.buffers
+        planes = tuple(buffers[name] for name in self.planes)
+        return Packed(planes, buffers["scale"], self.levels, self.scalar.bits, self.scalar.step, self.uniform)
+
+
+class FusedGroup:
+    """Attention and encoding of a group by kernels."""
+
+    def __init__(self, key: Codec, value: Codec, device: torch.device):
+        self.sides = {id(codec): Side(codec, device) for codec in (key, value)}
+        self.key, self.value = self.sides[id(key)], self.sides[id(value)]
+        self.device = device
+
+    def backend(self) -> Backend:
+        """The backend, with the kernel that decodes and why it is that one."""
+        from tqcompress_kernels import fast
+
+        levels = self.key.scalar.levels, self.value.scalar.levels
+        why = fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device)
+        name = "triton int8" if why is None else "triton plain"
+        reason = why or "levels are on an int8 grid: codes go straight into int8 tensor cores"
+        return Backend(name, self.attend, reason, self.append)
+
+    @cached_property
+    def split(self):
+        """The kernel that reads packed tokens."""
+        from tqcompress_kernels import fast, plain
+
+        levels = self.key.scalar.levels, self.value.scalar.levels
+        if fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device) is not None:
+            return plain.split
+        return fast.FastSplit(*(fast.lookup(side, self.device) for side in levels))
+
+    def append(self, codec: Codec, vectors: Tensor, store: TokenStore) -> None:
+        """Encode behind the last stored token."""
+        from tqcompress_kernels.encode import encode
+
+        side = self.sides[id(codec)]
+        packed = side.packed(store)
+        encode(vectors, packed.planes, packed.scale, store.length, side.encoder)
+
+    def attend(
+        self, query: Tensor, view: GroupView, mask: Tensor | None, scaling: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `blockwise.attend`: few queries by decoding, chunks through a workspace, the rest in torch."""
+        from tqcompress_kernels import chunk, decode
+
+        queries, share = query.shape[2], query.shape[1] // view.sinks[0].shape[1]
+        padding = None if mask is None else _padding(mask, query)
+        if mask is not None and padding is None:
+            return attend_blockwise(query, view, mask, scaling, softcap)
+        key, value = self.key.packed(view.key), self.value.packed(view.value)
+        if queries == 1 or (queries * share <= FEW_QUERIES and mask is None):
+            return decode.decode_attention(
+                query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
+                view.recent, view.packed, scaling, softcap, mask=padding, split=self.split,
+            )  # fmt: skip
+        if chunk.takes(query, softcap) and mask is None:
+            return chunk.chunk_attention(
+                query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
+                view.recent, view.packed, scaling,
+            )  # fmt: skip
+        return attend_blockwise(query, view, mask, scaling, softcap)
+
+
+def _padding(mask: Tensor, query: Tensor) -> Tensor | None:
+    """`[batch, tokens]` bool if the mask of a single query is that of padding, else None."""
+    if query.shape[2] > 1 or mask.dtype != torch.bool or mask.shape[1] > 1:
+        return None
+    return mask[:, 0, 0].expand(query.shape[0], -1)

@@ -1,0 +1,224 @@
+"""Compares every kernel with its fp64 reference on one CUDA device, in several processes (most time is compilation).
+
+Inputs are random, heavy-tailed, constant, zero and huge; outputs are poisoned with NaN before each launch. The bound on
+decoding is on the error relative to the norm of the reference output, 2e-3; encoding must be bit-equal but for ties.
+
+    python scripts/check_kernels.py [--only TEXT] [--processes N] [--small]
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "scripts")]
+
+import torch
+
+BOUND = 2e-3
+DEVICE = "cuda"
+
+
+def levels_of(kind: str) -> torch.Tensor:
+    from bench_decode import levels_of
+
+    return levels_of(kind)
+
+
+def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, inputs: str, log8: bool = False):
+    """Packed random codes whose scales are of the kind `inputs`."""
+    from tqcompress_kernels.packed import Packed, plane_widths
+
+    levels, bits = levels_of(kind), int(kind[-1])
+    high = {(3, 1): -(-dim // 16) * 16}
+    planes = tuple(
+        torch.randint(
+            0, 256, (batch, kv_heads, rows, -(-high.get((bits, w), dim) * w // 8)), dtype=torch.uint8, device=DEVICE
+        )
+        for w in plane_widths(bits)
+    )
+    if inputs == "constant":
+        planes = tuple(torch.full_like(plane, 0xFF) for plane in planes)
+    spread = {"heavy": 2.0}.get(inputs, 0.5)
+    scale = (torch.randn(batch, kv_heads, rows, 1, device=DEVICE) * spread).exp()
+    scale = scale * {"zero": 0.0, "huge": 500.0}.get(inputs, 1.0)
+    if log8:
+        scale = (scale.log2() * 16 + 128).round().clamp(1, 254).to(torch.uint8)
+    uniform = kind[0] == "u" or bits not in (1, 2, 3, 4)
+    return Packed(planes, scale if log8 else scale.half(), levels, bits, None, uniform)
+
+
+def decode_case(
+    kernel: str, key: str, value: str, dim: int, share: int, tokens: int, inputs: str, queries: int = 1,
+    options: tuple[str, ...] = (),
+) -> float:  # fmt: skip
+    """The larger of the relative errors of output and weights (exp of the log-sum-exp) of one decode."""
+    from tqcompress_kernels import decode, fast, plain, reference
+
+    torch.manual_seed(0)
+    batch, kv_heads, page = 2, 2, 64 if kernel == "int8" else 16
+    rows, table = -(-max(tokens, 1) // 64) * 64, None
+    count = batch
+    if "paged" in options:
+        pages = rows // page
+        table = torch.randperm(batch * pages, device=DEVICE).int().view(batch, pages)
+        count, rows = batch * pages, page
+    k, v = (random_side(kind, count, kv_heads, rows, dim, inputs, "log8" in options) for kind in (key, value))
+    dtype = torch.float32 if "fp32" in options else torch.bfloat16 if "bf16" in options else torch.float16
+    # Scores of a few units whatever the scales: that is where an error shows.
+    unit = reference.stored(k, dim, torch.float64).square().mean().sqrt().clamp_min(1e-3)
+    query = (torch.randn(batch, kv_heads * share, queries, dim, device=DEVICE) * 3 / unit).to(dtype)
+    basis = torch.linalg.qr(torch.randn(dim, dim, device=DEVICE, dtype=torch.float64)).Q.float()[None].contiguous()
+    exact = 0 if "bare" in options else 5 + queries
+    sinks, recent = (
+        tuple(torch.randn(batch, kv_heads, n, dim, device=DEVICE, dtype=dtype) for _ in range(2))
+        for n in (min(exact, 4), exact)
+    )
+    means = [torch.randn(kv_heads, dim, device=DEVICE) / 4 if "means" in options else None for _ in range(2)]
+    total = sinks[0].shape[2] + tokens + exact
+    mask = torch.rand(batch, total, device=DEVICE) > 0.3 if "mask" in options else None
+    lengths = torch.tensor([tokens, tokens // 2], device=DEVICE, dtype=torch.int32) if "lengths" in options else None
+    rest = dict(lengths=lengths, mask=mask, block_table=table, softcap=20.0 if "softcap" in options else None)
+    split = plain.split
+    if kernel == "int8":
+        split = fast.FastSplit(*(fast.lookup(side.levels, torch.device(DEVICE)) for side in (k, v)))
+    arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), *means, sinks, recent, tokens, dim**-0.5)
+    junk = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)]
+    del junk  # what the allocator hands out next is poisoned
+    got, got_lse = decode.decode_attention(query, *arguments, split=split, **rest)
+    want, want_lse = reference.decode_attention(query.double(), *arguments, **rest)
+    torch.cuda.synchronize()
+    if not (got.isfinite().all() and torch.equal(got_lse.isfinite(), want_lse.isfinite())):
+        return float("inf")
+    lse = (got_lse - want_lse).nan_to_num(0.0).abs().max().item()
+    return max(((got - want).norm() / want.norm().clamp_min(1e-30)).item(), lse / max(1.0, want_lse.abs().max().item()))
+
+
+def chunk_case(dim: int, share: int, tokens: int, queries: int, dtype: str) -> float:
+    """Relative error of a continuation chunk, in the units of what bf16 or fp16 attention rounds anyway."""
+    from tqcompress_kernels import chunk, reference
+
+    torch.manual_seed(0)
+    k, v = (random_side("4", 2, 2, tokens, dim, "random") for _ in range(2))
+    kind = getattr(torch, dtype)
+    query = torch.randn(2, 2 * share, queries, dim, device=DEVICE, dtype=kind)
+    basis = torch.linalg.qr(torch.randn(dim, dim, device=DEVICE)).Q[None].contiguous()
+    sinks, recent = (
+        tuple(torch.randn(2, 2, n, dim, device=DEVICE, dtype=kind) for _ in range(2)) for n in (4, queries + 64)
+    )
+    arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), None, None, sinks, recent, tokens, dim**-0.5)
+    got, _ = chunk.chunk_attention(query, *arguments, workspace_bytes=1 << 20)
+    want, _ = reference.decode_attention(query.double(), *arguments)
+    error = ((got - want).norm() / want.norm()).item()
+    # Rounded to half precision: rotated query, decoded keys and values, weights, each by half a unit in the last place.
+    return error * BOUND / (4 * torch.finfo(kind).eps)
+
+
+def encode_case(bits: int, dim: int, dtype: str, inputs: str, scale_format: str, hadamard: bool, small: bool) -> float:
+    """0 if codes and scales equal the reference's but for ties; else 1."""
+    import encode_check
+
+    return encode_check.mismatch(bits, dim, getattr(torch, dtype), inputs, scale_format, hadamard, small, DEVICE)
+
+
+def cases(small: bool):
+    """(name, function, arguments) of every check."""
+    tokens = 130 if small else 1000
+    found = []
+
+    def add(function, *arguments):
+        name = " ".join([function.__name__.removesuffix("_case"), *(str(a) for a in arguments)])
+        found.append((name, function, arguments))
+
+    kinds = ["4", "3", "2", "u4", "u2", "1"]
+    for key, value in itertools.product([*kinds, "8"], kinds):
+        if key == value or "4" in (key, value) or key == "8":
+            add(decode_case, "int8", key, value, 128, 4, tokens, "random")
+    for dim, share in (
+        (64, 3),
+        (80, 1),
+        (96, 2),
+        (192, 4),
+        (256, 4),
+        (256, 8),
+        (128, 1),
+        (128, 5),
+        (128, 8),
+        (128, 16),
+    ):
+        for pair in ("44", "42") if dim == 80 else ("44", "33", "22"):
+            add(decode_case, "int8", *pair, dim, share, tokens, "random")
+    for options in (("mask",), ("lengths",), ("softcap",), ("means", "bf16"), ("log8",), ("paged",), ("bare",)):
+        for pair in ("44", "33"):
+            add(decode_case, "int8", *pair, 128, 4, tokens, "random", 1, options)
+    for inputs in ("heavy", "constant", "zero", "huge"):
+        for pair in ("44", "33", "22", "84"):
+            add(decode_case, "int8", *pair, 128, 4, tokens, inputs, 1, ("fp32",))
+    for length in (0, 1, 63, 64, 65):
+        add(decode_case, "int8", "4", "4", 128, 4, length, "random")
+    for queries in (2, 8):
+        add(decode_case, "int8", "4", "4", 128, 4, tokens, "random", queries)
+    for pair, dim, share in (
+        ("44", 128, 4),
+        ("33", 128, 4),
+        ("22", 64, 3),
+        ("66", 128, 4),
+        ("53", 80, 2),
+        ("84", 256, 4),
+    ):
+        add(decode_case, "plain", *pair, dim, share, tokens, "random", 1, ("mask", "means"))
+    for inputs in ("heavy", "constant", "zero", "huge"):
+        add(decode_case, "plain", "4", "3", 128, 4, tokens, inputs)
+    for options in (("paged",), ("lengths", "softcap"), ("log8",)):
+        add(decode_case, "plain", "4", "4", 128, 4, tokens, "random", 1, options)
+    add(decode_case, "plain", "4", "4", 128, 16, tokens, "random", 2)
+    if not small:
+        for dim, dtype in ((128, "bfloat16"), (64, "float16"), (256, "bfloat16")):
+            add(chunk_case, dim, 4, 1500, 300, dtype)
+    for bits in range(1, 9):
+        add(encode_case, bits, 128, "bfloat16", "random", "fp16", True, small)
+    for dim in (64, 80, 96, 192, 256):
+        add(encode_case, 4, dim, "float16", "random", "fp16", True, small)
+    for inputs in ("heavy", "constant", "zero", "huge"):
+        add(encode_case, 3, 128, "float32", inputs, "log8", False, small)
+    return found
+
+
+def run(case) -> tuple[str, float | str]:
+    """One check; an error instead of a number if it cannot be run."""
+    name, function, arguments = case
+    try:
+        return name, function(*arguments)
+    except Exception as error:  # reported with its name, and fails the run
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return name, f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the checks whose name contains this")
+    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--small", action="store_true", help="few tokens, as compute-sanitizer needs")
+    options = parser.parse_args()
+    chosen = [case for case in cases(options.small) if options.only in case[0]]
+    if options.processes == 1:
+        results = map(run, chosen)
+    else:
+        results = ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")).map(run, chosen)
+    bad = 0
+    for name, error in results:
+        wrong = isinstance(error, str) or not error < BOUND
+        bad += wrong
+        print(
+            f"{'FAIL' if wrong else 'ok  '} {error if isinstance(error, str) else f'{error:.1e}'}  {name}", flush=True
+        )
+    print(f"{len(chosen)} checks, {bad} failed, on {torch.cuda.get_device_name()}")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Compiles the kernels for GPUs that are not there: `python tests/compile_kernels.py TARGET...`.
+
+A stand-in for Triton's driver names the target, and launches only compile; so the host functions run as they are, on
+CPU tensors. Prints a line for each kernel. Must run in a process without TRITON_INTERPRET.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "kernels"))
+sys.path.insert(0, str(ROOT))
+
+from tqcompress_kernels import plain  # noqa: E402
+from tqcompress_kernels.combine import combine  # noqa: E402
+from tqcompress_kernels.packed import Packed, plane_widths  # noqa: E402
+from tqcompress_kernels.prepare import prepare  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Driver:
+    """What `JITFunction.run` asks a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_device(self) -> str:
+        """Kernels are cached by it."""
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        """None, really."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return self.target
+
+
+def only_compile(target: GPUTarget) -> None:
+    """From now on launches compile for `target`, do not launch, and print what came of it."""
+    driver.set_active(Driver(target))
+    torch.version.hip = "offline" if target.backend == "hip" else None
+    binary = "hsaco" if target.backend == "hip" else "cubin"
+
+    def launch(function, grid):
+        def compiled(*args, **options):
+            kernel = function.warmup(*args, grid=grid, **options)
+            print(f"{target.arch} {function.__name__}: {binary} of {len(kernel.asm[binary])} bytes", flush=True)
+
+        return compiled
+
+    triton.JITFunction.__getitem__ = launch
+
+
+def packed(bits: int, rows: int, dim: int, uniform: bool, log8: bool, pages: int = 1, heads: int = 2) -> Packed:
+    """A side full of zeros."""
+    planes = tuple(
+        torch.zeros(pages, heads, rows, -(-dim * width // 8), dtype=torch.uint8) for width in plane_widths(bits)
+    )
+    scale = torch.zeros(pages, heads, rows, 1, dtype=torch.uint8 if log8 else torch.float16)
+    return Packed(planes, scale, torch.zeros(2**bits), bits, None, uniform)
+
+
+def split(
+    bits: tuple[int, int], dim: int, columns: int, uniform: bool, log8: bool = True, page: int = 0, limits: bool = False,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Compile `plain.split`; `limits`: with lengths and a mask."""
+    key, value = (packed(b, page or 512, dim, uniform, log8, pages=4 if page else 1) for b in bits)
+    table = torch.zeros(1, 4, dtype=torch.int32) if page else None
+    lengths = torch.zeros(1, dtype=torch.int32) if limits else None
+    mask = torch.zeros(1, 512, dtype=torch.bool) if limits else None
+    plain.split(
+        torch.zeros(1, 2, columns, dim), torch.zeros(1, 2, columns), key, value, torch.zeros(1, 2, 3, columns, dim),
+        torch.zeros(1, 2, 3, columns), 512, lengths, mask, table, 0.1, softcap,
+    )  # fmt: skip
+
+
+def ends(dtype: torch.dtype, batch: int) -> None:
+    """Compile `prepare` and `combine`."""
+    back, mean = torch.zeros(2, 64, 64), torch.zeros(2, 64)
+    query = torch.zeros(batch, 8, 2, 64, dtype=dtype)
+    rotated, bias = torch.zeros(batch, 2, 8, 64), torch.zeros(batch, 2, 8)
+    prepare(query, back, mean, rotated, bias, 0.1)
+    exact = torch.zeros(batch, 2, 4, 64, dtype=dtype), torch.zeros(batch, 2, 4, 64, dtype=dtype)
+    mask = torch.zeros(batch, 520, dtype=torch.bool)
+    partial, lse = torch.zeros(batch, 2, 3, 8, 64), torch.zeros(batch, 2, 3, 8)
+    out, out_lse = torch.zeros(batch, 8, 2, 64), torch.zeros(batch, 8, 2)
+    combine(partial, lse, back, mean, query, exact, exact, mask, 512, 0.1, 30.0, out, out_lse)
+
+
+EVERYWHERE = [lambda: split((4, 2), 64, 4, True), lambda: ends(torch.bfloat16, 1)]
+# The ways of turning codes into levels, pages and options, thinly: one target each.
+ONCE = {
+    "sm_80": [lambda: split((8, 5), 80, 4, False), lambda: ends(torch.float16, 64)],
+    "sm_89": [lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True)],
+    "sm_90": [lambda: split((4, 4), 128, 4, True), lambda: ends(torch.float32, 1)],
+    "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0)],
+    "gfx942": [lambda: split((2, 6), 64, 4, False)],
+}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        only_compile(TARGETS[name])
+        for case in EVERYWHERE + ONCE[name]:
+            case()

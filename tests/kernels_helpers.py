@@ -1,0 +1,30 @@
+"""Triton kernels in tests: compiled where there is a CUDA device, interpreted on the CPU elsewhere.
+
+Import this before any module of the kernels. Triton decides how to run a function when it is defined, so its own
+library, which may have been imported long before, is defined again for the interpreter.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton", reason="needs triton")
+
+
+def _interpret_library() -> None:
+    compiled = triton.JITFunction
+    for module in (triton.language.standard, triton.language):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, compiled):
+                setattr(module, name, triton.jit(function.fn))
+
+
+if DEVICE == "cpu":
+    _interpret_library()
