@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tqcompress import Backend, Codec, hookimpl
+from tqcompress import Backend, Codec, ModelError, hookimpl
 from tqcompress.blockwise import attend as attend_blockwise
 from tqcompress.packing import plane_fields
 from tqcompress.store import TokenStore
@@ -120,6 +120,7 @@ class FusedGroup:
         """Encode behind the last stored token."""
         from tqcompress_kernels.encode import encode
 
+        self._check(vectors)
         side = self.sides[id(codec)]
         packed = side.packed(store)
         encode(vectors, packed.planes, packed.scale, store.length, side.encoder)
@@ -130,6 +131,7 @@ class FusedGroup:
         """As `blockwise.attend`: few queries by decoding, chunks through a workspace, the rest in torch."""
         from tqcompress_kernels import chunk, decode
 
+        self._check(query)
         queries, share = query.shape[2], query.shape[1] // view.sinks[0].shape[1]
         padding = None if mask is None else _padding(mask, query)
         if mask is not None and padding is None:
@@ -146,6 +148,13 @@ class FusedGroup:
                 view.recent, view.packed, scaling,
             )  # fmt: skip
         return attend_blockwise(query, view, mask, scaling, softcap)
+
+    def _check(self, states: Tensor) -> None:
+        if states.device != self.device:
+            raise ModelError(
+                f"a layer that was on {self.device} when the cache was compressed now runs on {states.device}; "
+                "call tqcompress.apply again after moving the model"
+            )
 
 
 def _padding(mask: Tensor, query: Tensor) -> Tensor | None:

@@ -1,8 +1,9 @@
-"""The last of the three launches of a decode: merge the splits, rotate values back, attend to exact tokens.
+"""The end of a decode: attend to the exact tokens, merge all parts, rotate the packed ones back.
 
-A program computes `TILE` coordinates of the output of some columns of a KV head. Everything in it is accurate to
-float32: the rotation is a float32 dot, exact keys meet queries of their own type, and softmax weights are the sum
-of two numbers of the values' type. The naive version is `reference.combine`.
+`exact_kernel` attends to sinks and recent tokens in chunks, in the original basis; `finish_kernel` merges the splits
+of the packed tokens, rotates them and adds the exact chunks, all weighted by their log-sum-exp. Both are accurate to
+float32: products of half-precision numbers are exact, softmax weights are the sum of two numbers of the values' type,
+the rotation takes float32 operands in three steps. The naive version is `reference.combine`.
 """
 
 import torch
@@ -10,138 +11,138 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .prepare import load_columns, tile_columns
+from .prepare import load_columns, precision
 
-TILE = tl.constexpr(32)  # coordinates of the output a program computes
-BLOCK = tl.constexpr(32)  # exact tokens a step
+CHUNK = tl.constexpr(64)  # recent tokens a program attends to
+BLOCK = tl.constexpr(64)  # tokens at once
 LOG2E = tl.constexpr(1.4426950408889634)
 START = tl.constexpr(-1e20)  # below every score, above a masked one
-
-
-@triton.jit
-def _merge(
-    p_partial, p_lse, i_head, i_c, splits, columns,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Sums over the splits: weighted values `[COLUMNS, DIM_PAD]`, weights, and the log2 that both are relative to."""
-    i_s, i_d = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
-    top = tl.full([COLUMNS], START, tl.float32)
-    mass = tl.zeros([COLUMNS], tl.float32)
-    total = tl.zeros([COLUMNS, DIM_PAD], tl.float32)
-    for start in range(0, splits, SPLITS):
-        m_s = (start + i_s < splits)[:, None] & (i_c < columns)[None, :]
-        row = (i_head * splits + start + i_s)[:, None] * columns + i_c[None, :]
-        lse = tl.load(p_lse + row, mask=m_s, other=-float("inf"))
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        weights, shrink = tl.exp2(lse - new_top[None, :]), tl.exp2(top - new_top)
-        mass = mass * shrink + tl.sum(weights, 0)
-        m_part = m_s[:, :, None] & (i_d < DIM)[None, None, :]
-        part = tl.load(p_partial + row[:, :, None] * DIM + i_d[None, None, :], mask=m_part, other=0.0)
-        total = total * shrink[:, None] + tl.sum(part * weights[:, :, None], 0)
-        top = new_top
-    return total, mass, top
-
-
-@triton.jit
-def _attend(
-    query, p_key, p_value, p_mask, strides, i_n, tokens, seen_by_all, i_query, scaling, softcap, top, mass, share, total,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Add exact tokens; query i sees the first `seen_by_all + i` of them. `share` is what earlier sums shrink by."""
-    i_d = tl.arange(0, DIM_PAD)
-    for start in range(0, tokens, BLOCK):
-        i_t = start + tl.arange(0, BLOCK)
-        m_t = i_t < tokens
-        o_t = i_t.to(tl.int64)
-        p_tile = p_key + o_t[None, :] * strides[0] + i_d[:, None]
-        key = tl.load(p_tile, mask=(i_d < DIM)[:, None] & m_t[None, :], other=0.0)
-        if WIDEN:
-            key = key.to(tl.float32)
-        scores = tl.dot(query, key, input_precision="ieee") * scaling
-        if SOFTCAP:
-            scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / softcap)) + 1))
-        if p_mask is not None:
-            m_t = m_t & (tl.load(p_mask + i_t, mask=m_t, other=0) != 0)
-        m_seen = m_t[None, :] & (i_t[None, :] < seen_by_all + i_query[:, None])
-        scores = tl.where(m_seen, scores * LOG2E, -1e30)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights, shrink = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
-        mass, share, top = mass * shrink + tl.sum(weights, 1), share * shrink, new_top
-        p_tile = p_value + o_t[:, None] * strides[1] + i_n[None, :]
-        value = tl.load(p_tile, mask=(i_t < tokens)[:, None] & (i_n < DIM)[None, :], other=0.0)
-        if WIDEN:
-            value = value.to(tl.float32)
-        high = weights.to(value.dtype)
-        total = tl.dot(high, value, total * shrink[:, None], input_precision="ieee")
-        if value.dtype != tl.float32:
-            total = tl.dot((weights - high.to(tl.float32)).to(value.dtype), value, total)
-    return top, mass, share, total
-
-
-# Not specialised: what changes from step to step or with the size of a buffer, or Triton compiles anew.
-@triton.jit(
-    do_not_specialize=["splits", "tokens", "sinks", "recent", "mask_b", "query_b", "query_h", "query_q"],
-    do_not_specialize_on_alignment=["p_mask", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"],
-)
-def _combine(
-    p_partial, p_lse, p_back, p_mean, p_query, p_sink_k, p_sink_v, p_recent_k, p_recent_v, p_mask, p_out, p_out_lse,
-    sink_strides, recent_strides, query_b, query_h, query_q, back_h, mean_h, mask_b,
-    kv_heads, splits, columns, queries, tokens, sinks, recent, scaling, softcap,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):  # fmt: skip
-    i_head = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_head // kv_heads, i_head % kv_heads
-    i_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    i_d, i_n = tl.arange(0, DIM_PAD), tl.program_id(2) * TILE + tl.arange(0, TILE)
-    i_query = i_c % queries
-    packed, mass, top = _merge(p_partial, p_lse, i_head, i_c, splits, columns, DIM, DIM_PAD, COLUMNS, SPLITS)
-    packed_mass = mass
-    share = tl.full([COLUMNS], 1.0, tl.float32)
-    total = tl.zeros([COLUMNS, TILE], tl.float32)
-    if p_mask is not None:
-        p_mask += i_b * mask_b
-    query = load_columns(p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM, DIM_PAD)
-    if WIDEN:
-        query = query.to(tl.float32)
-    if p_sink_k is not None:
-        p_k = p_sink_k + i_b * sink_strides[0] + i_h * sink_strides[1]
-        p_v = p_sink_v + i_b * sink_strides[3] + i_h * sink_strides[4]
-        top, mass, share, total = _attend(
-            query, p_k, p_v, p_mask, (sink_strides[2], sink_strides[5]), i_n, sinks, sinks, i_query,
-            scaling, softcap, top, mass, share, total, DIM, DIM_PAD, SOFTCAP, WIDEN,
-        )  # fmt: skip
-    if p_recent_k is not None:
-        p_k = p_recent_k + i_b * recent_strides[0] + i_h * recent_strides[1]
-        p_v = p_recent_v + i_b * recent_strides[3] + i_h * recent_strides[4]
-        if p_mask is not None:
-            p_mask += sinks + tokens
-        top, mass, share, total = _attend(
-            query, p_k, p_v, p_mask, (recent_strides[2], recent_strides[5]), i_n, recent, recent - queries + 1,
-            i_query, scaling, softcap, top, mass, share, total, DIM, DIM_PAD, SOFTCAP, WIDEN,
-        )  # fmt: skip
-    m_back = (i_d < DIM)[:, None] & (i_n < DIM)[None, :]
-    back = tl.load(p_back + i_h * back_h + i_d[:, None] * DIM + i_n[None, :], mask=m_back, other=0.0)
-    total += tl.dot(packed, back, input_precision="ieee") * share[:, None]
-    if p_mean is not None:
-        mean = tl.load(p_mean + i_h * mean_h + i_n, mask=i_n < DIM, other=0.0)
-        total += (packed_mass * share)[:, None] * mean[None, :]
-    m_any, m_c = mass > 0, i_c < columns
-    o_c = i_head * columns + i_c
-    out = total / tl.where(m_any, mass, 1.0)[:, None]
-    tl.store(p_out + o_c[:, None] * DIM + i_n[None, :], out, mask=m_c[:, None] & (i_n < DIM)[None, :])
-    if tl.program_id(2) == 0:
-        tl.store(p_out_lse + o_c, tl.where(m_any, (top + tl.log2(mass)) / LOG2E, -float("inf")), mask=m_c)
-
 
 Exact = tuple[Tensor, Tensor] | None
 
 
-def _exact(pair: Exact) -> tuple:
-    """What the kernel takes of exact keys and values: pointers, strides, tokens."""
-    if pair is None or pair[0].shape[2] == 0:
-        return None, None, (0,) * 6, 0
-    return *pair, (*pair[0].stride()[:3], *pair[1].stride()[:3]), pair[0].shape[2]
+# Not specialised: what changes from step to step or with the size of a buffer, or Triton compiles anew.
+@triton.jit(
+    do_not_specialize=[
+        "kv_heads",
+        "columns",
+        "queries",
+        "sinks",
+        "recent",
+        "mask_b",
+        "recent_mask",
+        "query_b",
+        "query_h",
+        "query_q",
+    ],
+    do_not_specialize_on_alignment=["p_mask", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"],
+)
+def exact_kernel(
+    p_query, p_sink_k, p_sink_v, p_recent_k, p_recent_v, p_mask, p_out, p_lse, sink_strides, recent_strides,
+    query_b, query_h, query_q, mask_b, recent_mask, kv_heads, columns, queries, sinks, recent, scaling, softcap,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunk `program_id(2)` of the exact tokens, all sinks being the first one, for columns of a KV head."""
+    i_head = tl.program_id(0).to(tl.int64)
+    i_b, i_h, part, parts = i_head // kv_heads, i_head % kv_heads, tl.program_id(2), tl.num_programs(2)
+    i_c, i_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DIM_PAD)
+    query = load_columns(p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM, DIM_PAD)
+    if WIDEN:
+        query = query.to(tl.float32)
+    if SINKS and part == 0:
+        first, last, everybody, o_mask = 0, sinks, sinks, 0
+        p_k = (p_sink_k + i_b * sink_strides[0] + i_h * sink_strides[1]).to(tl.int64)
+        p_v = (p_sink_v + i_b * sink_strides[3] + i_h * sink_strides[4]).to(tl.int64)
+        k_row, v_row = sink_strides[2], sink_strides[5]
+    else:  # query i sees the first `everybody + i` recent tokens
+        first = (part - SINKS) * CHUNK
+        last, everybody, o_mask = tl.minimum(first + CHUNK, recent), recent - queries + 1, recent_mask
+        p_k = (p_recent_k + i_b * recent_strides[0] + i_h * recent_strides[1]).to(tl.int64)
+        p_v = (p_recent_v + i_b * recent_strides[3] + i_h * recent_strides[4]).to(tl.int64)
+        k_row, v_row = recent_strides[2], recent_strides[5]
+    # Numbers in between: Triton's AMD backend fails on a pointer that two branches define.
+    p_k, p_v = p_k.to(p_recent_k.dtype), p_v.to(p_recent_v.dtype)
+    top = tl.full([COLUMNS], START, tl.float32)
+    mass = tl.zeros([COLUMNS], tl.float32)
+    total = tl.zeros([COLUMNS, DIM_PAD], tl.float32)
+    for start in range(first, last, BLOCK):
+        i_t = start + tl.arange(0, BLOCK)
+        m_t, o_t, m_d = i_t < last, i_t.to(tl.int64), i_d < DIM
+        key = tl.load(p_k + o_t[None, :] * k_row + i_d[:, None], mask=m_d[:, None] & m_t[None, :], other=0.0)
+        value = tl.load(p_v + o_t[:, None] * v_row + i_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)
+        if WIDEN:
+            key, value = key.to(tl.float32), value.to(tl.float32)
+        scores = tl.dot(query, key, input_precision=PRECISION) * scaling
+        if SOFTCAP:
+            scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / softcap)) + 1))
+        m_seen = m_t[None, :] & (i_t[None, :] < everybody + (i_c % queries)[:, None])
+        if p_mask is not None:
+            m_seen = m_seen & (tl.load(p_mask + i_b * mask_b + o_mask + i_t, mask=m_t, other=0) != 0)[None, :]
+        scores = tl.where(m_seen, scores * LOG2E, -1e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights, shrink = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
+        mass, top = mass * shrink + tl.sum(weights, 1), new_top
+        high = weights.to(value.dtype)
+        total = tl.dot(high, value, total * shrink[:, None], input_precision=PRECISION)
+        if not WIDEN:
+            total = tl.dot((weights - high.to(tl.float32)).to(value.dtype), value, total)
+    row = (i_head * columns + i_c) * parts + part
+    m_c = i_c < columns
+    out = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    tl.store(p_out + row[:, None] * DIM + i_d[None, :], out, mask=m_c[:, None] & (i_d < DIM)[None, :])
+    tl.store(p_lse + row, tl.where(mass > 0, top + tl.log2(mass), -float("inf")), mask=m_c)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "columns", "count", "splits", "parts"])
+def finish_kernel(
+    p_partial, p_lse, p_exact, p_exact_lse, p_back, p_mean, p_out, p_out_lse, back_h, mean_h,
+    kv_heads, columns, count, splits, parts,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, UNROLL: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Coordinates `program_id(2) * TILE` and on of some of `count` rows; a row is a column of a KV head."""
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = i_row < count
+    i_row = tl.program_id(1).to(tl.int64) * count + i_row
+    i_head, i_c = i_row // columns, i_row % columns
+    i_s, i_d = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
+    i_n = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    i_h = tl.program_id(1) % kv_heads  # one head a program where heads differ in rotation or mean
+    m_back = (i_d < DIM)[:, None] & (i_n < DIM)[None, :]
+    back = tl.load(p_back + i_h * back_h + i_d[:, None] * DIM + i_n[None, :], mask=m_back, other=0.0)
+    o_lse = (i_head * splits * columns + i_c)[:, None] + i_s[None, :] * columns
+    m_s = (i_s < splits)[None, :] & m_row[:, None]
+    every = tl.load(p_lse + o_lse, mask=m_s, other=-float("inf"))
+    top = tl.maximum(tl.max(every, 1), START)
+    mass = tl.sum(tl.exp2(every - top[:, None]), 1)
+    packed = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    for start in range(0, splits, UNROLL):  # unrolled: loads that wait for each other would take most of the time
+        for i in tl.static_range(UNROLL):
+            o_s = (i_head * splits + start + i) * columns + i_c
+            m_one = m_row & (start + i < splits)
+            weight = tl.exp2(tl.load(p_lse + o_s, mask=m_one, other=-float("inf")) - top)
+            m_part = m_one[:, None] & (i_d < DIM)[None, :]
+            packed += tl.load(p_partial + o_s[:, None] * DIM + i_d[None, :], mask=m_part, other=0.0) * weight[:, None]
+    packed_mass, packed_top = mass, top
+    exact = tl.zeros([ROWS, TILE], tl.float32)
+    for part in range(parts):
+        lse = tl.load(p_exact_lse + i_row * parts + part, mask=m_row, other=-float("inf"))
+        new_top = tl.maximum(top, lse)
+        weight, shrink = tl.exp2(lse - new_top), tl.exp2(top - new_top)
+        mass, top = mass * shrink + weight, new_top
+        p_tile = p_exact + (i_row * parts + part)[:, None] * DIM + i_n[None, :]
+        x = tl.load(p_tile, mask=m_row[:, None] & (i_n < DIM)[None, :], other=0.0)
+        exact = exact * shrink[:, None] + x * weight[:, None]
+    share = tl.exp2(packed_top - top)
+    total = exact + tl.dot(packed, back, input_precision=PRECISION) * share[:, None]
+    if p_mean is not None:
+        mean = tl.load(p_mean + i_h * mean_h + i_n, mask=i_n < DIM, other=0.0)
+        total += (packed_mass * share)[:, None] * mean[None, :]
+    out = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    tl.store(p_out + i_row[:, None] * DIM + i_n[None, :], out, mask=m_row[:, None] & (i_n < DIM)[None, :])
+    if tl.program_id(2) == 0:
+        tl.store(p_out_lse + i_row, tl.where(mass > 0, (top + tl.log2(mass)) / LOG2E, -float("inf")), mask=m_row)
 
 
 def combine(
@@ -175,17 +176,49 @@ def combine(
     batch, kv_heads, splits, columns, dim = partial.shape
     if out.numel() == 0:
         return
-    tile, pad = tile_columns(batch * kv_heads, columns, dim), max(16, triton.next_power_of_2(dim))
-    sink_k, sink_v, sink_strides, n_sinks = _exact(sinks)
-    recent_k, recent_v, recent_strides, n_recent = _exact(recent)
-    dtypes = {x.dtype for x in (query, sink_k, sink_v, recent_k, recent_v) if x is not None}
-    interpreted = not isinstance(_combine, triton.JITFunction)  # the interpreter cannot multiply bfloat16
-    _combine[batch * kv_heads, triton.cdiv(columns, tile), triton.cdiv(dim, TILE.value)](
-        partial, lse, value_back, value_mean, query, sink_k, sink_v, recent_k, recent_v, mask, out, out_lse,
-        sink_strides, recent_strides, *query.stride()[:3],
+    pad = max(16, triton.next_power_of_2(dim))
+    exact, exact_lse = _exact(query, sinks, recent, mask, tokens, scaling, softcap, partial.shape, pad)
+    shared = value_back.shape[0] == 1 and value_mean is None
+    segments, count = (1, batch * kv_heads * columns) if shared else (batch * kv_heads, columns)
+    tile = 32 if segments * count <= 512 else min(pad, 128)
+    programs = segments * count * triton.cdiv(dim, tile)
+    rows = 1
+    while rows < min(16, count) and programs > 512 * rows:
+        rows *= 2
+    finish_kernel[triton.cdiv(count, rows), segments, triton.cdiv(dim, tile)](
+        partial, lse, exact, exact_lse, value_back, value_mean, out, out_lse,
         0 if value_back.shape[0] == 1 else value_back.stride(0), 0 if value_mean is None else value_mean.stride(0),
-        0 if mask is None else mask.stride(0),
-        kv_heads, splits, columns, query.shape[2], tokens, n_sinks, n_recent, scaling, softcap or 0.0,
-        DIM=dim, DIM_PAD=pad, COLUMNS=tile, SPLITS=max(1, 4096 // (tile * pad)), SOFTCAP=bool(softcap),
-        WIDEN=len(dtypes) > 1 or (interpreted and query.dtype == torch.bfloat16), num_warps=4,
+        kv_heads, columns, count, splits, exact_lse.shape[-1],
+        DIM=dim, DIM_PAD=pad, ROWS=rows, SPLITS=triton.next_power_of_2(max(splits, 1)), UNROLL=max(2, min(32, triton.next_power_of_2(max(splits, 1))) // rows), TILE=tile, PRECISION=precision(),
+        num_warps=4,
     )  # fmt: skip
+
+
+def _exact(query, sinks, recent, mask, tokens, scaling, softcap, shape, pad: int) -> tuple[Tensor, Tensor]:
+    """Attention to each chunk of exact tokens: `[batch, kv_heads, columns, parts, head_dim]` and log2 weights."""
+    batch, kv_heads, _, columns, dim = shape
+    sink_k, sink_v, sink_strides, n_sinks = _arguments(sinks)
+    recent_k, recent_v, recent_strides, n_recent = _arguments(recent)
+    parts = (n_sinks > 0) + triton.cdiv(n_recent, CHUNK.value)
+    out = query.new_empty(batch, kv_heads, columns, parts, dim, dtype=torch.float32)
+    lse = torch.empty_like(out[..., 0])
+    if parts:
+        dtypes = {x.dtype for x in (query, sink_k, sink_v, recent_k, recent_v) if x is not None}
+        interpreted = not isinstance(exact_kernel, triton.JITFunction)  # which cannot multiply bfloat16
+        widen = len(dtypes) > 1 or query.dtype == torch.float32 or interpreted
+        tile = max(16, min(32, triton.next_power_of_2(columns)))
+        exact_kernel[batch * kv_heads, triton.cdiv(columns, tile), parts](
+            query, sink_k, sink_v, recent_k, recent_v, mask, out, lse, sink_strides, recent_strides,
+            *query.stride()[:3], 0 if mask is None else mask.stride(0), n_sinks + tokens,
+            kv_heads, columns, query.shape[2], n_sinks, n_recent, scaling, softcap or 0.0,
+            DIM=dim, DIM_PAD=pad, COLUMNS=tile, SOFTCAP=bool(softcap), WIDEN=widen, SINKS=int(n_sinks > 0),
+            PRECISION=precision(), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out, lse
+
+
+def _arguments(pair: Exact) -> tuple:
+    """What the kernel takes of exact keys and values: pointers, strides, tokens."""
+    if pair is None or pair[0].shape[2] == 0:
+        return None, None, (0,) * 6, 0
+    return *pair, (*pair[0].stride()[:3], *pair[1].stride()[:3]), pair[0].shape[2]

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = tl.constexpr(32)  # coordinates of the result a program computes
-
 
 @triton.jit
 def load_columns(
@@ -22,10 +20,11 @@ def load_columns(
     return tl.load(p_row[:, None] + i_d[None, :], mask=(i_c < columns)[:, None] & (i_d < DIM)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "columns", "queries", "query_b", "query_h", "query_q"])
 def _prepare(
     p_query, p_back, p_mean, p_rotated, p_bias, query_b, query_h, query_q, back_h, mean_h,
     kv_heads, columns, queries, scaling, DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_head = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_head // kv_heads, i_head % kv_heads
@@ -35,7 +34,7 @@ def _prepare(
     query = query.to(tl.float32)
     m_back = (i_d < DIM)[:, None] & (i_n < DIM)[None, :]
     back = tl.load(p_back + i_h * back_h + i_n[None, :] * DIM + i_d[:, None], mask=m_back, other=0.0)
-    rotated = tl.dot(query, back, input_precision="ieee")
+    rotated = tl.dot(query, back, input_precision=PRECISION)
     o_c = i_head * columns + i_c
     m_out = (i_c < columns)[:, None] & (i_n < DIM)[None, :]
     tl.store(p_rotated + o_c[:, None] * DIM + i_n[None, :], rotated, mask=m_out)
@@ -45,14 +44,6 @@ def _prepare(
             mean = tl.load(p_mean + i_h * mean_h + i_d, mask=i_d < DIM, other=0.0)
             bias = tl.sum(query * mean[None, :], 1) * scaling
         tl.store(p_bias + o_c, bias, mask=i_c < columns)
-
-
-def tile_columns(heads: int, columns: int, dim: int) -> int:
-    """Columns that one program of `prepare` or `combine` takes: one, unless there are more than enough programs."""
-    tile, programs = 1, heads * columns * triton.cdiv(dim, TILE.value)
-    while tile < min(8, columns) and programs > 512 * tile:
-        tile *= 2
-    return tile
 
 
 def prepare(
@@ -68,15 +59,24 @@ def prepare(
         bias: query . key_mean * scaling, float32 `[batch, kv_heads, share * queries]`.
     """
     batch, kv_heads, columns, dim = rotated.shape
+    queries = query.shape[2]
     if rotated.numel() == 0:
         return
-    tile = tile_columns(batch * kv_heads, columns, dim)
-    _prepare[batch * kv_heads, triton.cdiv(columns, tile), triton.cdiv(dim, TILE.value)](
+    if key_mean is None and key_back.shape[0] == 1 and query.stride(0) == query.shape[1] * query.stride(1):
+        batch, kv_heads, columns = 1, 1, batch * kv_heads * columns  # one rotation for all: as the columns of one head
+    pad = max(16, triton.next_power_of_2(dim))
+    rows, tile = (4, 32) if batch * kv_heads * columns <= 512 else (16, min(pad, 64))
+    _prepare[batch * kv_heads, triton.cdiv(columns, rows), triton.cdiv(dim, tile)](
         query, key_back, key_mean, rotated, bias, *query.stride()[:3],
         0 if key_back.shape[0] == 1 else key_back.stride(0), 0 if key_mean is None else key_mean.stride(0),
-        kv_heads, columns, query.shape[2], scaling,
-        DIM=dim, DIM_PAD=max(16, triton.next_power_of_2(dim)), COLUMNS=tile, num_warps=4,
+        kv_heads, columns, queries, scaling,
+        DIM=dim, DIM_PAD=pad, COLUMNS=rows, TILE=tile, PRECISION=precision(), num_warps=4,
     )  # fmt: skip
+
+
+def precision() -> str:
+    """How to multiply float32 matrices to float32 accuracy: on NVIDIA's tensor cores in three steps."""
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 def empty(query: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import functools
 import torch
 
 PROGRAMS = 8  # a multiprocessor: as many as its registers hold
-MIN_SPLIT = 256  # tokens: shorter spans cost more to merge than they gain
+SPAN, MIN_SPAN = 512, 256  # tokens: shorter spans start up longer than they run; the least, where the device is idle else
 MAX_SPLITS = 512
 
 # Measured: (device name, batch * kv_heads, head_dim) -> programs in all, where it differs from the rule.
@@ -27,4 +27,5 @@ def splits(device: torch.device, heads: int, head_dim: int, tokens: int) -> int:
         return 0
     name, processors = _device(device)
     programs = MEASURED.get((name, heads, head_dim), PROGRAMS * processors)
-    return max(1, min(programs // max(heads, 1), -(-tokens // MIN_SPLIT), MAX_SPLITS))
+    span = SPAN if heads * tokens >= 2 * processors * SPAN else MIN_SPAN
+    return max(1, min(programs // max(heads, 1), -(-tokens // span), MAX_SPLITS))
