@@ -4,7 +4,8 @@ The kernels themselves (`tqcompress_kernels`) know tensors only. They read any c
 """
 
 import importlib.util
-from functools import cached_property
+import warnings
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -135,6 +136,7 @@ class FusedGroup:
         queries, share = query.shape[2], query.shape[1] // view.sinks[0].shape[1]
         padding = None if mask is None else _padding(mask, query)
         if mask is not None and padding is None:
+            _tell("masks of several queries or of single heads, or additive ones")
             return attend_blockwise(query, view, mask, scaling, softcap)
         key, value = self.key.packed(view.key), self.value.packed(view.value)
         if queries == 1 or (queries * share <= FEW_QUERIES and mask is None):
@@ -147,6 +149,7 @@ class FusedGroup:
                 query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
                 view.recent, view.packed, scaling,
             )  # fmt: skip
+        _tell("long chunks in float32 or with a soft cap of the scores")
         return attend_blockwise(query, view, mask, scaling, softcap)
 
     def _check(self, states: Tensor) -> None:
@@ -155,6 +158,11 @@ class FusedGroup:
                 f"a layer that was on {self.device} when the cache was compressed now runs on {states.device}; "
                 "call tqcompress.apply again after moving the model"
             )
+
+
+@cache
+def _tell(what: str) -> None:
+    warnings.warn(f"fused kernels do not take {what}; such calls attend in plain torch, slowly", stacklevel=2)
 
 
 def _padding(mask: Tensor, query: Tensor) -> Tensor | None:

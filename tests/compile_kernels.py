@@ -6,6 +6,7 @@ CPU tensors. Prints a line for each kernel. Must run in a process without TRITON
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -16,9 +17,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
 sys.path.insert(0, str(ROOT))
 
-from tqcompress_kernels import plain  # noqa: E402
+from tqcompress_kernels import encode as encoding  # noqa: E402
+from tqcompress_kernels import fast, plain  # noqa: E402
 from tqcompress_kernels.combine import combine  # noqa: E402
-from tqcompress_kernels.packed import Packed, plane_widths  # noqa: E402
+from tqcompress_kernels.dequantize import dequantize  # noqa: E402
+from tqcompress_kernels.encode import encode, encoder  # noqa: E402
+from tqcompress_kernels.encode_reference import pack  # noqa: E402
+from tqcompress_kernels.packed import Packed  # noqa: E402
 from tqcompress_kernels.prepare import prepare  # noqa: E402
 
 TARGETS = {
@@ -55,6 +60,11 @@ def only_compile(target: GPUTarget) -> None:
     torch.version.hip = "offline" if target.backend == "hip" else None
     binary = "hsaco" if target.backend == "hip" else "cubin"
 
+    major = target.arch // 10 if target.backend == "cuda" else 9
+    device = SimpleNamespace(name="offline", major=major, multi_processor_count=132)
+    torch.cuda.get_device_properties = lambda _: device
+    encoding._tiling.cache_clear()
+
     def launch(function, grid):
         def compiled(*args, **options):
             kernel = function.warmup(*args, grid=grid, **options)
@@ -68,15 +78,16 @@ def only_compile(target: GPUTarget) -> None:
 def packed(bits: int, rows: int, dim: int, uniform: bool, log8: bool, pages: int = 1, heads: int = 2) -> Packed:
     """A side full of zeros."""
     planes = tuple(
-        torch.zeros(pages, heads, rows, -(-dim * width // 8), dtype=torch.uint8) for width in plane_widths(bits)
+        torch.zeros(pages, heads, rows, plane.shape[-1], dtype=torch.uint8)
+        for plane in pack(torch.zeros(dim).int(), bits)
     )
     scale = torch.zeros(pages, heads, rows, 1, dtype=torch.uint8 if log8 else torch.float16)
     return Packed(planes, scale, torch.zeros(2**bits), bits, None, uniform)
 
 
 def split(
-    bits: tuple[int, int], dim: int, columns: int, uniform: bool, log8: bool = True, page: int = 0, limits: bool = False,
-    softcap: float | None = None,
+    bits: tuple[int, int], dim: int, columns: int, uniform: bool, log8: bool = True, page: int = 0,
+    limits: bool = False, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Compile `plain.split`; `limits`: with lengths and a mask."""
     key, value = (packed(b, page or 512, dim, uniform, log8, pages=4 if page else 1) for b in bits)
@@ -102,13 +113,40 @@ def ends(dtype: torch.dtype, batch: int) -> None:
     combine(partial, lse, back, mean, query, exact, exact, mask, 512, 0.1, 30.0, out, out_lse)
 
 
-EVERYWHERE = [lambda: split((4, 2), 64, 4, True), lambda: ends(torch.bfloat16, 1)]
+def int8(key_levels: list[int], value_levels: list[int], dim: int, columns: int, page: int = 0) -> None:
+    """Compile the int8 kernel; levels are the positive ones."""
+    levels = [torch.tensor([-x for x in half[::-1]] + half).float() for half in (key_levels, value_levels)]
+    key, value = (
+        packed(len(x).bit_length() - 1, page or 512, dim, False, False, pages=4 if page else 1) for x in levels
+    )
+    read = fast.FastSplit(*(fast.lookup(x, torch.device("cpu")) for x in levels))
+    table = torch.zeros(1, 4, dtype=torch.int32) if page else None
+    read(
+        torch.zeros(1, 2, columns, dim), torch.zeros(1, 2, columns), key, value, torch.zeros(1, 2, 3, columns, dim),
+        torch.zeros(1, 2, 3, columns), 256, None, None, table, 0.1, None,
+    )  # fmt: skip
+
+
+def coding(bits: int, dim: int, tokens: int) -> None:
+    """Compile `encode` and `dequantize`."""
+    side = packed(bits, 512, dim, False, False)
+    levels = torch.cat([-torch.arange(2.0 ** (bits - 1)).flip(0) - 1, torch.arange(2.0 ** (bits - 1)) + 1])
+    by = encoder(torch.eye(dim)[None], None, levels, "fp16")
+    encode(torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16), side.planes, side.scale, 0, by)
+    dequantize(side._replace(levels=levels), torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16), 0)
+
+
+L2, L3, L4 = [37, 123], [13, 40, 71, 113], [5, 15, 25, 36, 48, 62, 79, 104]
+EVERYWHERE = [lambda: split((4, 2), 64, 4, True), lambda: ends(torch.bfloat16, 1), lambda: coding(3, 64, 200)]
 # The ways of turning codes into levels, pages and options, thinly: one target each.
 ONCE = {
-    "sm_80": [lambda: split((8, 5), 80, 4, False), lambda: ends(torch.float16, 64)],
-    "sm_89": [lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True)],
-    "sm_90": [lambda: split((4, 4), 128, 4, True), lambda: ends(torch.float32, 1)],
-    "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0)],
+    "sm_80": [lambda: split((8, 5), 80, 4, False), lambda: ends(torch.float16, 64), lambda: int8(L4, [1, 3], 64, 4)],
+    "sm_89": [
+        lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True),
+        lambda: int8(L3, L3, 128, 4),
+    ],
+    "sm_90": [lambda: split((4, 4), 128, 4, True), lambda: ends(torch.float32, 1), lambda: int8(L4, L4, 128, 8, 64)],
+    "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],
     "gfx942": [lambda: split((2, 6), 64, 4, False)],
 }
 

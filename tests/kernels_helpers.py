@@ -26,5 +26,21 @@ def _interpret_library() -> None:
                 setattr(module, name, triton.jit(function.fn))
 
 
+def _patch_once() -> None:
+    """Prepare the language once a module and not at every call of a function: twice as fast."""
+    from triton.runtime import interpreter
+
+    done = set()
+
+    def call(function, *args, **kwargs):
+        if id(function.fn.__globals__) not in done:
+            interpreter._patch_lang(function.fn)
+            done.add(id(function.fn.__globals__))
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 if DEVICE == "cpu":
     _interpret_library()
+    _patch_once()

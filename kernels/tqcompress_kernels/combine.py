@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .prepare import load_columns, precision
+from .tuning import MAX_SPLITS
 
 CHUNK = tl.constexpr(64)  # recent tokens a program attends to
 BLOCK = tl.constexpr(64)  # tokens at once
@@ -189,8 +190,8 @@ def combine(
         partial, lse, exact, exact_lse, value_back, value_mean, out, out_lse,
         0 if value_back.shape[0] == 1 else value_back.stride(0), 0 if value_mean is None else value_mean.stride(0),
         kv_heads, columns, count, splits, exact_lse.shape[-1],
-        DIM=dim, DIM_PAD=pad, ROWS=rows, SPLITS=triton.next_power_of_2(max(splits, 1)), UNROLL=max(2, min(32, triton.next_power_of_2(max(splits, 1))) // rows), TILE=tile, PRECISION=precision(),
-        num_warps=4,
+        DIM=dim, DIM_PAD=pad, ROWS=rows, SPLITS=max(MAX_SPLITS, triton.next_power_of_2(splits)),
+        UNROLL=max(2, 16 // rows), TILE=tile, PRECISION=precision(), num_warps=4,
     )  # fmt: skip
 
 
@@ -203,6 +204,8 @@ def _exact(query, sinks, recent, mask, tokens, scaling, softcap, shape, pad: int
     out = query.new_empty(batch, kv_heads, columns, parts, dim, dtype=torch.float32)
     lse = torch.empty_like(out[..., 0])
     if parts:
+        if not n_recent:  # the kernel needs some pointer
+            recent_k, recent_v = sink_k, sink_v
         dtypes = {x.dtype for x in (query, sink_k, sink_v, recent_k, recent_v) if x is not None}
         interpreted = not isinstance(exact_kernel, triton.JITFunction)  # which cannot multiply bfloat16
         widen = len(dtypes) > 1 or query.dtype == torch.float32 or interpreted

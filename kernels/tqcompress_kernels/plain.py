@@ -4,9 +4,10 @@ Source: the split-KV scheme of Flash-Decoding (Dao et al. 2023). Tokens lie on t
 what the value dot sums over; the columns (queries) of a KV head lie on the columns of both, so a coordinate is
 dequantized once for all of them. The naive version is `reference.split`.
 
-Precision: operands are fp16, sums float32. A column of the query is a fraction of its largest element, levels
-are multiples of `step` or fractions of the largest level, and softmax weights times value scales are at most 1,
-so nothing overflows and what underflows is below 2**-24 of the largest term.
+Precision: operands are fp16, sums float32. Queries and levels that are not exact in fp16 are sums of two fp16
+numbers for scores, which are accurate to about 2**-20 of the largest product therefore. Values are rounded to fp16
+once, and so are softmax weights times value scales. A column of the query is a fraction of its largest element, and
+weights times scales are at most 1, so nothing overflows; what underflows is below 2**-24 of the largest term.
 """
 
 import torch
@@ -14,20 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packed import Packed, plane_widths
+from .packed import Packed
 from .tiles import (
     AFFINE,
+    BITWISE,
     LOAD,
-    SELECT,
     SHUFFLE,
-    affine_place,
-    levels_of,
+    digit_operand,
+    digits,
+    factor,
+    gap_of,
+    level_operands,
     load_table,
-    load_high_words,
     load_words,
     pair_planes,
-    unit_of,
     widths,
+    word_bytes,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -66,53 +69,80 @@ def _place(p_table, i_b, table_b, start, last, BLOCK: tl.constexpr, PAGE: tl.con
 
 @triton.jit
 def _load_planes(
-    planes, strides, i_h, page, row, i_row, i_word, m_load,
-    AXIS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, BYTES: tl.constexpr, PAGED_TILE: tl.constexpr,
+    planes, strides, i_h, page, row, i_row, m_row,
+    AXIS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr,
+    BYTES: tl.constexpr, PAGED_TILE: tl.constexpr,
 ):  # fmt: skip
     """The words of every plane of a block of tokens, in pairs."""
-    WIDTHS: tl.constexpr = widths(BITS)
     words = ()
-    for k in tl.static_range(len(WIDTHS)):
+    for k in tl.static_range(len(widths(BITS))):
         o_block = page * strides[3 * k] + i_h * strides[3 * k + 1] + row * strides[3 * k + 2]
         if PAGED_TILE:
             o_block = tl.expand_dims(o_block, 1 - AXIS)
-        if BITS == 3 and k == 1:
-            x = load_high_words(planes[k], strides[3 * k + 2], o_block, i_row, i_word, m_load, AXIS, PER)
-        else:
-            x = load_words(
-                planes[k], strides[3 * k + 2], o_block, i_row, i_word, m_load, AXIS, WIDTHS[k] * PER, BYTES[k]
-            )
+        x = load_words(planes[k], strides[3 * k + 2], o_block, i_row, m_row, k, BITS, PER, WORDS, DIM, AXIS, BYTES[k])
         words = words + (x,)
     return pair_planes(words, BITS, PER)
 
 
-@triton.constexpr_function
-def _factor(j, bits, mode, axis):
-    """The power of two by which operand j is too large."""
-    return 2.0 ** affine_place(bits, j, axis) if mode == AFFINE else 1.0
-
-
-@triton.constexpr_function
-def _zero(j, bits, mode, axis):
-    """What operand j holds in place of zero."""
-    return 1024 + (2**bits - 1) / 2 * _factor(j, bits, mode, axis) if mode == AFFINE else 0.0
-
-
 @triton.jit
-def _load_query(p_query, m_query, BITS: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr):
-    """The fp16 operands of a query tile, what their product with "zero" is, and what 1.0 stands for, a column."""
+def _load_query(p_query, m_query, p_levels, BITS: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr):
+    """The operands that meet those of keys, in two fp16 parts each, and the unit of scores."""
     largest = tl.max(tl.abs(tl.load(p_query, mask=m_query, other=0.0)), 0)
     for j in tl.static_range(1, PER):
         largest = tl.maximum(largest, tl.max(tl.abs(tl.load(p_query + j, mask=m_query, other=0.0)), 0))
-    gain = tl.where(largest > 0, largest, 1.0) / 128  # room for `_factor`
+    unit = tl.where(largest > 0, largest, 1.0) / 128  # room for `factor`
+    DIGITS: tl.constexpr = digits(MODE)
     query = ()
-    zero = tl.zeros_like(gain)
     for j in tl.static_range(PER):
-        x = tl.load(p_query + j, mask=m_query, other=0.0) / (gain * _factor(j, BITS, MODE, 0))[None, :]
-        x = x.to(tl.float16)
-        zero += tl.sum(x.to(tl.float32), 0) * _zero(j, BITS, MODE, 0)
-        query = query + (x,)
-    return query, zero, gain
+        for d in tl.static_range(DIGITS):
+            x = tl.load(p_query + j, mask=m_query, other=0.0) / unit[None, :]
+            if MODE == BITWISE:
+                x *= gap_of(p_levels, 0, d, BITS, MODE) / gap_of(p_levels, 0, 1, BITS, MODE)
+            if MODE <= BITWISE:
+                x /= factor(MODE, BITS, j, d)
+            high = x.to(tl.float16)
+            low = (x - high.to(tl.float32)).to(tl.float16)
+            query = query + ((high, low),)
+    return query, unit * gap_of(p_levels, 0, DIGITS - 1, BITS, MODE)
+
+
+@triton.jit
+def _scores(planes, p_levels, table, query, scores, BITS: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr):
+    """Add the products of stored keys and queries, accurate to float32."""
+    for j in tl.static_range(PER):
+        if MODE <= BITWISE:
+            for d in tl.static_range(digits(MODE)):
+                key = digit_operand(planes, table, j, d, BITS, MODE)
+                high, low = query[j * digits(MODE) + d]
+                scores = tl.dot(key, low, tl.dot(key, high, scores))
+        else:
+            key, rest = level_operands(planes, p_levels, table, j, BITS, MODE)
+            scores = tl.dot(rest, query[j][0], tl.dot(key, query[j][1], tl.dot(key, query[j][0], scores)))
+    return scores
+
+
+@triton.jit
+def _add_values(
+    planes, p_levels, table, weights, shrink, total, BITS: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr
+):
+    """The accumulators `[words, columns]` of all sub-planes after a block with weights `[tokens, columns]`."""
+    last: tl.constexpr = digits(MODE) - 1
+    high = weights.to(tl.float16)
+    if MODE == BITWISE:  # the lower bit lies one bit lower, so its weight counts twice
+        ratio = gap_of(p_levels, 0, 0, BITS, MODE) / gap_of(p_levels, 0, 1, BITS, MODE)
+        low = (weights * (2 * ratio)).to(tl.float16)
+    new_total = ()
+    for j in tl.static_range(PER):
+        x = total[j] * shrink[None, :]
+        if MODE <= BITWISE:
+            x = tl.dot(digit_operand(planes, table, j, last, BITS, MODE), high, x)
+            if MODE == BITWISE:
+                x = tl.dot(digit_operand(planes, table, j, 0, BITS, MODE), low, x)
+        else:
+            value, _ = level_operands(planes, p_levels, table, j, BITS, MODE)
+            x = tl.dot(value, high, x)
+        new_total = new_total + (x,)
+    return new_total
 
 
 # Not specialised: what changes from step to step or with the size of a buffer, or Triton compiles anew.
@@ -128,8 +158,8 @@ def _split(
     value_scale_n, value_scale_h, mask_b, table_b, tokens, kv_heads, columns, scaling, softcap,
     DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_MODE: tl.constexpr,
     VALUE_MODE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, KEY_LOG8: tl.constexpr,
-    VALUE_LOG8: tl.constexpr, KEY_SCALE_ROW: tl.constexpr, VALUE_SCALE_ROW: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    VALUE_LOG8: tl.constexpr, KEY_SCALE_ROW: tl.constexpr, VALUE_SCALE_ROW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_head, i_split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     i_b, i_h = i_head // kv_heads, i_head % kv_heads
@@ -140,14 +170,15 @@ def _split(
     PAGED_TILE: tl.constexpr = PAGE > 0 and PAGE % BLOCK != 0
     m_tile = m_word[:, None] & m_c[None, :]
     o_tile = i_word[:, None] * PER
-    query, key_zero, gain = _load_query(p_query + o_c[None, :] * DIM + o_tile, m_tile, KEY_BITS, PER, KEY_MODE)
-    gain *= unit_of(p_key_levels, 0, KEY_BITS, KEY_MODE) * scaling
+    query, gain = _load_query(p_query + o_c[None, :] * DIM + o_tile, m_tile, p_key_levels, KEY_BITS, PER, KEY_MODE)
+    gain *= scaling
     bias = tl.load(p_bias + o_c, mask=m_c, other=0.0)
     if not SOFTCAP:
         gain, bias = gain * LOG2E, bias * LOG2E
-    value_unit = unit_of(p_value_levels, 0, VALUE_BITS, VALUE_MODE)
-    key_table = load_table(p_key_levels, KEY_BITS, KEY_MODE)
-    value_table = load_table(p_value_levels, VALUE_BITS, VALUE_MODE)
+    key_table, value_table = (
+        load_table(p_key_levels, KEY_BITS, KEY_MODE),
+        load_table(p_value_levels, VALUE_BITS, VALUE_MODE),
+    )
 
     span = tl.cdiv(tl.cdiv(tokens, splits), BLOCK) * BLOCK
     first = i_split * span
@@ -157,20 +188,19 @@ def _split(
     top = tl.full([COLUMNS], START, tl.float32)
     mass = tl.zeros([COLUMNS], tl.float32)
     total = ()
-    for j in tl.static_range(PER):
+    for _j in tl.static_range(PER):
         total = total + (tl.zeros([WORDS, COLUMNS], tl.float32),)
     for start in range(first, last, BLOCK):
         m_t = i_t < last - start
         page, row, i_row = _place(p_table, i_b, table_b, start, last, BLOCK, PAGE)
         planes = _load_planes(
-            key_planes, key_strides, i_h, page, row, i_row, i_word, m_t[:, None] & (m_word | (WORDS * PER == DIM))[None, :],
-            0, KEY_BITS, PER, KEY_BYTES, PAGED_TILE,
+            key_planes, key_strides, i_h, page, row, i_row, m_t,
+            0, KEY_BITS, PER, WORDS, DIM, KEY_BYTES, PAGED_TILE,
         )  # fmt: skip
         o_scale = page * key_scale_n + i_h * key_scale_h + row * KEY_SCALE_ROW + i_row * KEY_SCALE_ROW
         k_scale, _ = _scales(p_key_scale, o_scale, m_t, KEY_LOG8)
-        scores = tl.zeros([BLOCK, COLUMNS], tl.float32) - key_zero[None, :]
-        for j in tl.static_range(PER):
-            scores = tl.dot(levels_of(planes, p_key_levels, key_table, j, KEY_BITS, KEY_MODE, 0), query[j], scores)
+        scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
+        scores = _scores(planes, p_key_levels, key_table, query, scores, KEY_BITS, PER, KEY_MODE)
         scores = scores * k_scale[:, None] * gain[None, :] + bias[None, :]
         if SOFTCAP:
             scores = softcap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / softcap)) + 1))
@@ -186,24 +216,23 @@ def _split(
         shrink = tl.exp2(top - new_top)
         mass = mass * shrink + tl.sum(weights, 0)
         top = new_top
-        weighted = (weights * v_scale[:, None]).to(tl.float16)
         planes = _load_planes(
-            value_planes, value_strides, i_h, page, row, i_row, i_word, (m_word | (WORDS * PER == DIM))[:, None] & m_t[None, :],
-            1, VALUE_BITS, PER, VALUE_BYTES, PAGED_TILE,
+            value_planes, value_strides, i_h, page, row, i_row, m_t,
+            1, VALUE_BITS, PER, WORDS, DIM, VALUE_BYTES, PAGED_TILE,
         )  # fmt: skip
-        new_total = ()
-        for j in tl.static_range(PER):
-            b_value = levels_of(planes, p_value_levels, value_table, j, VALUE_BITS, VALUE_MODE, 1)
-            b_value -= _zero(j, VALUE_BITS, VALUE_MODE, 1)
-            new_total = new_total + (tl.dot(b_value, weighted, total[j] * shrink[None, :]),)
-        total = new_total
+        total = _add_values(
+            planes, p_value_levels, value_table, weights * v_scale[:, None], shrink, total, VALUE_BITS, PER, VALUE_MODE
+        )
 
     m_any = mass > 0
     o_out = (i_head * splits + i_split) * columns + i_c
     tl.store(p_lse + o_out, tl.where(m_any, top + tl.log2(mass), -float("inf")), m_c)
-    norm = value_unit / tl.where(m_any, mass, 1.0)
+    LAST: tl.constexpr = digits(VALUE_MODE) - 1
+    norm = gap_of(p_value_levels, 0, LAST, VALUE_BITS, VALUE_MODE) / tl.where(m_any, mass, 1.0)
     for j in tl.static_range(PER):
-        out = total[j] * (norm / _factor(j, VALUE_BITS, VALUE_MODE, 1))[None, :]
+        out = total[j] * norm[None, :]
+        if VALUE_MODE <= BITWISE:
+            out /= factor(VALUE_MODE, VALUE_BITS, j, LAST)
         tl.store(p_partial + o_out[None, :] * DIM + o_tile + j, out, m_tile)
 
 
@@ -211,12 +240,12 @@ def mode(side: Packed) -> int:
     """How the kernel turns the codes of `side` into levels."""
     if side.uniform or side.bits == 1:
         return AFFINE.value
-    return SELECT.value if side.bits == 2 else SHUFFLE.value if side.bits <= 5 else LOAD.value
+    return BITWISE.value if side.bits == 2 else SHUFFLE.value if side.bits <= 5 else LOAD.value
 
 
 def _load_bytes(side: Packed, per: int) -> tuple[int, ...]:
     """Bytes that a load of each plane may take: a word, or one where rows are not aligned to words."""
-    sizes = [max(1, width * per // 8) for width in plane_widths(side.bits)]
+    sizes = [word_bytes.fn(side.bits, per, k) for k in range(len(side.planes))]
     return tuple(
         1 if any(n % size for n in (plane.data_ptr(), *plane.stride()[:3])) else size
         for plane, size in zip(side.planes, sizes, strict=True)
@@ -264,12 +293,13 @@ def split(
     _split[batch * kv_heads, splits, triton.cdiv(columns, tile)](
         rotated, bias, key.planes, key.scale, key.levels, value.planes, value.scale, value.levels,
         partial, lse, lengths, mask, block_table, _strides(key), _strides(value),
-        *key.scale.stride()[:2], *value.scale.stride()[:2], 0 if mask is None else mask.stride(0), 0 if block_table is None else block_table.stride(0),
-        tokens, kv_heads, columns, scaling, softcap or 0.0,
+        *key.scale.stride()[:2], *value.scale.stride()[:2], 0 if mask is None else mask.stride(0),
+        0 if block_table is None else block_table.stride(0), tokens, kv_heads, columns, scaling, softcap or 0.0,
         DIM=dim, KEY_BITS=key.bits, VALUE_BITS=value.bits, KEY_MODE=modes[0], VALUE_MODE=modes[1],
         KEY_BYTES=_load_bytes(key, per), VALUE_BYTES=_load_bytes(value, per),
         KEY_LOG8=key.scale.dtype == torch.uint8, VALUE_LOG8=value.scale.dtype == torch.uint8,
-        KEY_SCALE_ROW=key.scale.stride(2), VALUE_SCALE_ROW=value.scale.stride(2), SOFTCAP=bool(softcap), PAGE=0 if block_table is None else key.planes[0].shape[2], PER=per, WORDS=words,
-        COLUMNS=tile, BLOCK=32 if words > 16 and not big else 64,
+        KEY_SCALE_ROW=key.scale.stride(2), VALUE_SCALE_ROW=value.scale.stride(2), SOFTCAP=bool(softcap),
+        PAGE=0 if block_table is None else key.planes[0].shape[2], PER=per, WORDS=words, COLUMNS=tile,
+        BLOCK=32 if words > 16 and not big else 64,
         num_warps=2 if big else 1, num_stages=1 if LOAD.value in modes else 2,
     )  # fmt: skip

@@ -32,9 +32,7 @@ def scales(side: Packed, dtype: torch.dtype) -> Tensor:
 def stored(side: Packed, head_dim: int, dtype: torch.dtype, block_table: Tensor | None = None) -> Tensor:
     """The vectors `[batch, kv_heads, tokens, head_dim]` in the stored basis."""
     x = side.levels.to(dtype)[unpack(side, head_dim)] * scales(side, dtype)
-    if (
-        block_table is not None
-    ):  # [batch, pages, kv_heads, rows, head_dim] -> the pages of a sequence one after the other
+    if block_table is not None:  # the pages of a sequence, one after the other
         x = x[block_table.long()].transpose(1, 2).flatten(2, 3)
     return x
 
@@ -88,7 +86,7 @@ def split(
     k, v = (stored(side, dim, rotated.dtype, block_table)[:, :, :tokens] for side in (key, value))
     scores = _cap(rotated @ k.transpose(-1, -2) * scaling + bias.unsqueeze(-1), softcap)
     scores = scores.masked_fill(~_seen(tokens, lengths, mask, rotated), -math.inf)
-    span = -(-(-(-tokens // splits)) // block) * block
+    span = math.ceil(math.ceil(tokens / splits) / block) * block
     spans = [slice(s * span, (s + 1) * span) for s in range(splits)]
     parts = [_attend(scores[..., span], v[..., span, :]) for span in spans]
     return torch.stack([p[0] for p in parts], 2), torch.stack([p[1] for p in parts], 2) / math.log(2)

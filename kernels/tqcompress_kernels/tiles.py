@@ -13,27 +13,97 @@ tensor core (it moves the change of layout to the loads only if all other leaves
 import triton
 import triton.language as tl
 
-# The ways to turn codes into levels.
-AFFINE = tl.constexpr(0)  # equally spaced symmetric levels: an OR and a subtraction
-SELECT = tl.constexpr(1)  # symmetric levels of 2 bits: integer arithmetic on two fp16 patterns at once
+# How codes become levels, a mode a side:
+AFFINE = tl.constexpr(0)  # equally spaced levels: the code, in the mantissa of an fp16 number
+BITWISE = tl.constexpr(1)  # 2 bits: symmetric levels are a sum over the two bits, each read as by AFFINE
 SHUFFLE = tl.constexpr(2)  # up to 5 bits: the lanes of a warp hold the table, a shuffle reads it
 LOAD = tl.constexpr(3)  # any levels: loads from the table
 
 
-@triton.jit
-def load_words(
-    p_plane, stride, o_block, i_row, i_word, m_load, AXIS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr
-):
-    """Words of `BITS` bits of the rows at `o_block + i_row * stride` bytes: `[rows, words]`, or `[words, rows]` for AXIS 1.
+@triton.constexpr_function
+def widths(bits):
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
-    `BYTES`: bytes that one load may take; 1 where rows are not aligned.
+
+@triton.constexpr_function
+def digits(mode):
+    """Parts of a code that are read one by one; the level is the sum of `gap * (part - middle)` over them."""
+    return 2 if mode == BITWISE else 1
+
+
+@triton.constexpr_function
+def place(mode, bits, j, digit):
+    """Where sub-plane j lies in the mantissa: a place that few shifts lead to; at least 1, so half a step is exact."""
+    at = widths(bits)[0] * j % 8 + digit + 1
+    return at if at + bits // digits(mode) <= 10 else 1
+
+
+@triton.constexpr_function
+def factor(mode, bits, j, digit):
+    """By how much digits of sub-plane j are too large."""
+    return 2.0 ** place(mode, bits, j, digit)
+
+
+@triton.constexpr_function
+def _zero(mode, bits, j, digit):
+    """What the mantissa trick yields for the middle of a digit."""
+    return 1024 + (2 ** (bits // digits(mode)) - 1) / 2 * factor(mode, bits, j, digit)
+
+
+@triton.constexpr_function
+def _place(bits, first, k):
+    return first + sum(widths(bits)[:k])  # wider planes hold the lower bits
+
+
+@triton.constexpr_function
+def _mask(bits, first, k):
+    return (((1 << widths(bits)[k]) - 1) << _place(bits, first, k)) * 0x10001
+
+
+@triton.constexpr_function
+def _at(bits, j, k):
+    """The bit of a word at which sub-plane j of plane k begins."""
+    return j // 2 * 4 + j % 2 if bits == 3 and k == 1 else widths(bits)[k] * j
+
+
+@triton.constexpr_function
+def repeats(bits, per, k):
+    """Words of plane k that share a load: less than a byte each, or in one group of 16 high bits of 3-bit codes."""
+    return 16 // per if bits == 3 and k == 1 else max(1, 8 // (widths(bits)[k] * per))
+
+
+@triton.constexpr_function
+def word_bytes(bits, per, k):
+    """Bytes that are loaded at once for words of plane k."""
+    return widths(bits)[k] * per * repeats(bits, per, k) // 8
+
+
+@triton.constexpr_function
+def _moved(bits, first, j, k):
+    return _at(bits, j, k) % 16 - _place(bits, first, k)
+
+
+@triton.constexpr_function
+def _halves(bits, per, k):
+    """The 16-bit parts of a word of plane k."""
+    return _at(bits, per - 1, k) // 16 + 1
+
+
+@triton.jit
+def _load(
+    p_plane, stride, o_block, i_row, m_row,
+    WORDS: tl.constexpr, VALID: tl.constexpr, AXIS: tl.constexpr, SIZE: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Words of `SIZE` bytes of the rows at `o_block + i_row * stride` bytes: `[rows, words]`, for AXIS 1 transposed.
+
+    `BYTES`: bytes that one load may take; 1 where rows are not aligned. Words from `VALID` on are zeros.
     """
-    SIZE: tl.constexpr = (BITS + 7) // 8
+    i_word = tl.arange(0, WORDS)
     rows, words = tl.expand_dims(i_row, 1 - AXIS), tl.expand_dims(i_word, AXIS)
-    if BITS == 4:  # a byte serves two words
-        x = tl.load(p_plane + o_block + (rows * stride + words // 2), mask=m_load, other=0)
-        return (x >> (words % 2 * 4).to(tl.uint8)) & 15
-    elif BYTES == SIZE:
+    m_load = tl.expand_dims(m_row, 1 - AXIS)
+    if VALID < WORDS:
+        m_load = m_load & (words < VALID)
+    if BYTES == SIZE:
         dtype: tl.constexpr = (
             tl.uint8 if SIZE == 1 else tl.uint16 if SIZE == 2 else tl.uint32 if SIZE == 4 else tl.uint64
         )
@@ -49,29 +119,50 @@ def load_words(
 
 
 @triton.jit
-def load_high_words(p_plane, stride, o_block, i_row, i_word, m_load, AXIS: tl.constexpr, PER: tl.constexpr):
-    """As `load_words` for the high bits of 3-bit codes, `PER` = 4 or 8 of them, brought into their order.
-
-    They are stored 16 at a time, coordinate 8 a + 2 b + c in place 4 b + 2 a + c.
-    """
-    rows, words = tl.expand_dims(i_row, 1 - AXIS), tl.expand_dims(i_word, AXIS)
-    p_byte = p_plane + o_block + (rows * stride + words * PER // 16 * 2)
-    x = tl.load(p_byte, mask=m_load, other=0).to(tl.uint32) | (
-        tl.load(p_byte + 1, mask=m_load, other=0).to(tl.uint32) << 8
-    )
-    x = (x >> (words * PER // 8 % 2 * 2).to(tl.uint32)) & 0x3333
-    x = (x | (x >> 2)) & 0x0F0F
-    x = (x | (x >> 4)) & 0xFF
-    if PER == 4:
-        x = (x >> (words % 2 * 4).to(tl.uint32)) & 15
-    return x.to(tl.uint8)
+def _beside(x, SHIFT: tl.constexpr):
+    """Two words of every one along the last axis: itself, and shifted."""
+    return tl.join(x, x >> SHIFT).reshape(x.shape[0], x.shape[1] * 2)
 
 
 @triton.jit
-def pair_words(x, HALF: tl.constexpr, BITS: tl.constexpr):
+def _below(x, shift, TIMES: tl.constexpr):
+    """`TIMES` words of every one along the first axis, shifted by `shift`."""
+    rows: tl.constexpr = x.shape[0] * TIMES
+    x = tl.broadcast_to(tl.expand_dims(x, 1), x.shape[0], TIMES, x.shape[1]).reshape(rows, x.shape[1])
+    return x >> shift.to(x.dtype)[:, None]
+
+
+@triton.jit
+def load_words(
+    p_plane, stride, o_block, i_row, m_row,
+    K: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr,
+    AXIS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """The words of plane K, the one of a side with codes of `BITS` bits: coordinate j of a word begins at bit `_at`.
+
+    The high bits of 3-bit codes are stored 16 at a time, coordinate 8 a + 2 b + c in place 4 b + 2 a + c.
+    """
+    TIMES: tl.constexpr = repeats(BITS, PER, K)
+    SIZE: tl.constexpr = word_bytes(BITS, PER, K)
+    VALID: tl.constexpr = (DIM // PER + TIMES - 1) // TIMES
+    x = _load(p_plane, stride, o_block, i_row, m_row, WORDS // TIMES, VALID, AXIS, SIZE, BYTES)
+    # Words that share what was loaded: the ways differ because each keeps the layout of its dot.
+    first: tl.constexpr = 2 if BITS == 3 else 4
+    if TIMES > 1 and AXIS == 0:
+        x = _beside(x, first)
+        if TIMES == 4:
+            x = _beside(x, 8)
+    elif TIMES > 1:
+        i_word = tl.arange(0, WORDS)
+        x = _below(x, i_word * 2 // TIMES % 2 * first + i_word * 4 // TIMES % 2 * 8 * (TIMES // 4), TIMES)
+    return x
+
+
+@triton.jit
+def pair_words(x, HALF: tl.constexpr):
     """Bits 16 * HALF ... of the words 2i and 2i + 1 of the last axis, in the low and high half of a uint32."""
     even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
-    if BITS <= 16:
+    if x.dtype.primitive_bitwidth <= 16:
         return even.to(tl.uint32) | (odd.to(tl.uint32) << 16)
     even, odd = (even >> (16 * HALF)).to(tl.uint32), (odd >> (16 * HALF)).to(tl.uint32)
     return (even & 0xFFFF) | (odd << 16)
@@ -84,8 +175,8 @@ def pair_planes(words, BITS: tl.constexpr, PER: tl.constexpr):
     planes = ()
     for k in tl.static_range(len(WIDTHS)):
         pairs = ()
-        for h in tl.static_range((WIDTHS[k] * PER + 15) // 16):
-            pairs = pairs + (pair_words(words[k], h, WIDTHS[k] * PER),)
+        for h in tl.static_range(_halves(BITS, PER, k)):
+            pairs = pairs + (pair_words(words[k], h),)
         planes = planes + (pairs,)
     return planes
 
@@ -98,112 +189,76 @@ def unpair(y):
     return tl.join(low, high).reshape(y.shape[0], y.shape[1] * 2)
 
 
-@triton.constexpr_function
-def widths(bits):
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
-
-
-@triton.constexpr_function
-def affine_place(bits, j, axis):
-    """Where the codes of sub-plane j lie in the mantissa: a place that needs few shifts.
-
-    Values (AXIS 1) start at bit 1, so that subtracting half a step is exact; keys are corrected in float32.
-    """
-    place = widths(bits)[0] * j % 8 + axis
-    return place if place + bits <= 10 else axis
-
-
-@triton.constexpr_function
-def _place(bits, place, k):
-    return place + sum(widths(bits)[:k])  # wider planes hold the lower bits
-
-
-@triton.constexpr_function
-def _mask(bits, place, k):
-    return (((1 << widths(bits)[k]) - 1) << _place(bits, place, k)) * 0x10001
-
-
-@triton.constexpr_function
-def _moved(bits, place, j, k):
-    return widths(bits)[k] * j % 16 - _place(bits, place, k)
-
-
 @triton.jit
-def code_pairs(planes, y, J: tl.constexpr, PLACE: tl.constexpr, BITS: tl.constexpr):
-    """`y` with the codes of sub-plane J at bit PLACE of both halves; `planes` is `pair_planes`'s."""
+def code_pairs(planes, y, J: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """`y` with the codes of sub-plane J at bit FIRST of both halves; `planes` is `pair_planes`'s."""
     WIDTHS: tl.constexpr = widths(BITS)
     for k in tl.static_range(len(WIDTHS)):
-        pair, moved, mask = planes[k][J * WIDTHS[k] // 16], _moved(BITS, PLACE, J, k), _mask(BITS, PLACE, k)
+        pair, moved, mask = planes[k][_at(BITS, J, k) // 16], _moved(BITS, FIRST, J, k), _mask(BITS, FIRST, k)
         piece = (pair >> moved if moved > 0 else pair << -moved) & mask
         y = y ^ piece if k == 0 else y | piece  # only ORs would be reordered, and then need one instruction more
     return y
 
 
 @triton.jit
-def select_pairs(planes, table, J: tl.constexpr):
-    """fp16 bit patterns of the levels of sub-plane J, 2 bits; `table`: the larger magnitude and the way to the smaller."""
-    place: tl.constexpr = J * 2 % 16
-    y = planes[0][J // 8] ^ 0xFFFFFFFF  # the interpreter has no ~ for unsigned numbers
-    inner = ((y ^ (y >> 1)) >> place) & 0x10001  # codes 1 and 2
-    sign = (y & (0x20002 << place)) * (1 << (14 - place))  # codes 0 and 1, at the sign bit
-    return table[0] + inner * table[1] + sign
+def digit_operand(planes, magic, J: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """Digit D of the codes of sub-plane J minus the middle, times `factor`, as an fp16 dot operand; exact."""
+    first: tl.constexpr = place(MODE, BITS, J, D)
+    if MODE == BITWISE:
+        pair, moved = planes[0][J // 8], (2 * J + D) % 16 - first
+        x = unpair((pair >> moved if moved > 0 else pair << -moved) & (0x10001 << first) ^ magic)
+    else:
+        x = unpair(code_pairs(planes, magic, J, first, BITS))
+    return x - _zero(MODE, BITS, J, D)
 
 
 @triton.jit
-def unit_of(p_levels, o_levels, BITS: tl.constexpr, MODE: tl.constexpr):
-    """What 1.0 in an operand of `levels_of` stands for; `o_levels` gives the result its shape."""
+def gap_of(p_levels, o_levels, D: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """The gap of digit D, or what 1.0 of a looked-up level stands for; `o_levels` gives the result its shape."""
     first, last = tl.load(p_levels + o_levels), tl.load(p_levels + 2**BITS - 1 + o_levels)
     if MODE == AFFINE:
         return (last - first) / (2**BITS - 1)
+    elif MODE == BITWISE:
+        return tl.load(p_levels + 1 + D + o_levels) - first
     else:
         return tl.maximum(tl.maximum(-first, last), 1e-30)
 
 
 @triton.jit
-def _pattern(p_level, per_unit):
-    return (tl.load(p_level) * per_unit).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-
-
-@triton.jit
 def load_table(p_levels, BITS: tl.constexpr, MODE: tl.constexpr):
-    """What `levels_of` looks up, as tensors of shape [1, 1]."""
-    zero = tl.zeros([1, 1], tl.int32)
-    per_unit = 1 / unit_of(p_levels, zero, BITS, MODE)
-    if MODE == SELECT:
-        inner, outer = _pattern(p_levels + 2 + zero, per_unit), _pattern(p_levels + 3 + zero, per_unit)
-        return outer * 0x10001, inner - outer
-    elif MODE == AFFINE:
-        # 1024.0 in both halves, but no constant: as one, OR and AND would not fit into one instruction.
-        return (tl.where(per_unit > 1e38, -1, 0x64006400).to(tl.uint32),)
-    elif MODE == SHUFFLE:
+    """What `digit_operand` ORs (1024.0 in both halves) or `level_operands` looks up."""
+    if MODE == SHUFFLE:
         one = tl.arange(0, 2**BITS)
-        return (_pattern(p_levels + one, 1 / unit_of(p_levels, 0 * one, BITS, MODE)),)
+        level = tl.load(p_levels + one) / gap_of(p_levels, 0 * one, 0, BITS, MODE)
+        high = level.to(tl.float16)
+        low = (level - high.to(tl.float32)).to(tl.float16)
+        table = high.to(tl.uint16, bitcast=True).to(tl.uint32) | (low.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     else:
-        return (per_unit,)
+        table = 1 / gap_of(p_levels, tl.zeros([1, 1], tl.int32), 0, BITS, MODE)
+        if MODE != LOAD:  # no constant: as one, OR and AND would not fit into one instruction
+            table = tl.where(table > 1e38, -1, 0x64006400).to(tl.uint32)
+    return table
 
 
 @triton.jit
-def _lookup(p_levels, table, code, MODE: tl.constexpr, BITS: tl.constexpr):
+def _lookup(p_levels, table, code, MODE: tl.constexpr):
+    """A level as the sum of two fp16 numbers."""
     if MODE == SHUFFLE:
         flat = code.to(tl.int32).reshape(code.shape[0] * code.shape[1])
-        return tl.gather(table[0], flat, 0).reshape(code.shape).to(tl.uint16).to(tl.float16, bitcast=True)
+        both = tl.gather(table, flat, 0).reshape(code.shape)
+        high, low = both.to(tl.uint16), (both >> 16).to(tl.uint16)
+        return high.to(tl.float16, bitcast=True), low.to(tl.float16, bitcast=True)
     else:
-        return (tl.load(p_levels + code) * table[0]).to(tl.float16)
+        level = tl.load(p_levels + code) * table
+        high = level.to(tl.float16)
+        return high, (level - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
-def levels_of(
-    planes, p_levels, table, J: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr, AXIS: tl.constexpr
-):  # fmt: skip
-    """The levels of sub-plane J as an fp16 dot operand, in units of `unit_of`.
-
-    AFFINE: with an offset and a factor, see `affine_place`.
-    """
-    if MODE == SELECT:
-        return unpair(select_pairs(planes, table, J))
-    elif MODE == AFFINE:
-        return unpair(code_pairs(planes, table[0], J, affine_place(BITS, J, AXIS), BITS))
-    else:
-        y = code_pairs(planes, 0, J, 0, BITS)
-        low, high = _lookup(p_levels, table, y & 0xFFFF, MODE, BITS), _lookup(p_levels, table, y >> 16, MODE, BITS)
-        return tl.join(low, high).reshape(y.shape[0], y.shape[1] * 2)
+def level_operands(planes, p_levels, table, J: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """The levels of sub-plane J in units of `gap_of`, rounded to fp16, and what rounding took away."""
+    y = code_pairs(planes, 0, J, 0, BITS)
+    a_high, a_low = _lookup(p_levels, table, y & 0xFFFF, MODE)
+    b_high, b_low = _lookup(p_levels, table, y >> 16, MODE)
+    high = tl.join(a_high, b_high).reshape(y.shape[0], y.shape[1] * 2)
+    return high, tl.join(a_low, b_low).reshape(y.shape[0], y.shape[1] * 2)

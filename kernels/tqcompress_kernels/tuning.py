@@ -5,7 +5,8 @@ import functools
 import torch
 
 PROGRAMS = 8  # a multiprocessor: as many as its registers hold
-SPAN, MIN_SPAN = 512, 256  # tokens: shorter spans start up longer than they run; the least, where the device is idle else
+SPAN = 512  # tokens: shorter spans take longer to start than to run
+MIN_SPAN = 256  # where the device would idle otherwise
 MAX_SPLITS = 512
 
 # Measured: (device name, batch * kv_heads, head_dim) -> programs in all, where it differs from the rule.
