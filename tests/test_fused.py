@@ -1,0 +1,132 @@
+"""The fused backend: which groups get which kernel, and that a cache reads and writes through it as through torch.
+
+Kernels are interpreted on the CPU (the plain ones) or compiled on CUDA (those that the backend chooses).
+"""
+
+import pytest
+import torch
+from kernels_helpers import DEVICE
+from test_blockwise import make_view
+from tqcompress.plugins import fused
+
+from tqcompress import HeadShape, ModelError, TensorSpec, blockwise
+from tqcompress.cli import main
+from tqcompress.plan import build_codec
+from tqcompress.registry import plugins
+from tqcompress.store import TokenStore
+from tqcompress_kernels import plain
+
+HERE = torch.device("cuda", 0) if DEVICE == "cuda" else torch.device("cpu")
+CUDA = torch.device("cuda")
+
+
+def codecs(key: TensorSpec, value: TensorSpec, dim: int = 128):
+    return {side: build_codec(spec, HeadShape(2, dim, side)) for side, spec in (("key", key), ("value", value))}
+
+
+def turboquant(bits, **options):
+    return TensorSpec("turboquant", bits, options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dim", "name", "reason"),
+    [
+        (turboquant(4), turboquant(2), 128, "triton int8", "int8 tensor cores"),
+        (turboquant(8), turboquant(3, scale="log8"), 128, "triton int8", "int8 tensor cores"),
+        (turboquant(5), turboquant(4), 128, "triton plain", "keys have 5-bit levels"),
+        (turboquant(4), turboquant(4, levels="lloyd-max"), 128, "triton plain", "values have levels that are not"),
+        (turboquant(4), turboquant(3), 80, "triton plain", "value rows of 80 codes"),
+        (TensorSpec("affine", 4), turboquant(4), 128, "torch", "affine keys have no scalar levels"),
+        (turboquant(4), turboquant(4), 20, "torch", "head_dim 20"),
+    ],
+)
+def test_each_group_gets_the_fastest_kernel_and_the_reason(key, value, dim, name, reason):
+    backend = plugins().hook.tqcompress_backend(group=None, codecs=codecs(key, value, dim), device=CUDA)
+    assert backend.name == name
+    assert reason in backend.reason
+
+
+def test_a_cpu_gets_none():
+    pair = codecs(turboquant(4), turboquant(4))
+    assert plugins().hook.tqcompress_backend(group=None, codecs=pair, device=torch.device("cpu")) is None
+
+
+def test_inspect_tells_the_backend(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "num_hidden_layers": 1, '
+        '"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}'
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "balanced", "--model", str(tmp_path), "--device", "cuda"])
+    assert not stop.value.code
+    assert "triton int8" in " ".join(capsys.readouterr().out.split())
+
+
+def fused_group(view):
+    """The fused group of a view's codecs, here."""
+    group = fused.FusedGroup(view.codecs.key.to(HERE), view.codecs.value.to(HERE), HERE)
+    if DEVICE == "cpu":
+        group.split = plain.split
+    return group
+
+
+def moved(view):
+    for store in (view.key, view.value):
+        store.map(lambda states: states.to(HERE))
+    view.__dict__["sinks"], view.__dict__["recent"] = (
+        tuple(states.to(HERE) for states in pair) for pair in (view.sinks, view.recent)
+    )
+    return view
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "share", "queries", "padded", "softcap"),
+    [
+        (turboquant(4), turboquant(3), 2, 1, False, None),
+        (turboquant(3, rotation="dense"), turboquant(2, scale="log8"), 1, 3, False, None),
+        (turboquant(2), turboquant(4), 2, 1, True, 20.0),
+        (turboquant(4), turboquant(4), 2, 2, True, None),  # masks of several queries go to torch
+        (turboquant(4), turboquant(4), 1, 40, False, None),  # and float32 chunks
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fused kernels do not take")
+def test_it_attends_as_torch_does(key, value, share, queries, padded, softcap):
+    generator = torch.Generator().manual_seed(0)
+    view, _, _ = make_view(key, value, 2, 2, 64, 4, 150, 5 + queries, generator)
+    view = moved(view)
+    tokens = 4 + 150 + 5 + queries
+    query = torch.randn(2, 2 * share, queries, 64, generator=generator).to(HERE)
+    mask = torch.ones(2, 1, queries, tokens, dtype=torch.bool).tril(tokens - queries).to(HERE) if padded else None
+    if padded:
+        mask[1, ..., :30] = False
+    want, want_lse = blockwise.attend(query, view, mask, 0.125, softcap)
+    got, got_lse = fused_group(view).attend(query, view, mask, 0.125, softcap)
+    # fp16 operands (plain) round by 2^-11, int8 ones by 1/64000 of a column's largest number.
+    assert (got - want).norm() < 1e-3 * want.norm()
+    assert (got_lse - want_lse).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_it_appends_what_the_codec_encodes(bits):
+    """Into the room behind the last row; what is there already stays."""
+    codec = build_codec(turboquant(bits), HeadShape(2, 64, "key"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 90, 64, generator=generator)
+    want = codec.encode(x)
+    codec = codec.to(HERE)
+    store = TokenStore(codec.layout(), 2, 2, HERE)
+    group = fused.FusedGroup(codec, codec, HERE)
+    for part in x.to(HERE).split([70, 1, 19], dim=2):
+        store.reserve(part.shape[2])
+        group.append(codec, part, store)
+        store.length += part.shape[2]
+    for name, rows in store.read().items():
+        # The codec rotates in float32, the kernel more precisely: a code next to a boundary may differ.
+        assert (rows.cpu() != want[name]).double().mean() < 2e-3
+
+
+def test_a_model_that_moved_is_told_what_to_do():
+    pair = codecs(turboquant(4), turboquant(4))
+    group = fused.FusedGroup(pair["key"], pair["value"], torch.device("cuda", 7))
+    with pytest.raises(ModelError, match=r"was on cuda:7 .* now runs on cpu; call tqcompress\.apply again"):
+        group.append(pair["key"], torch.zeros(1, 2, 1, 128), None)
