@@ -35,8 +35,11 @@ def _obstacle(*codecs: Codec) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which fused kernels need"
     for codec in codecs:
-        if codec.levels() is None:
+        scalar = codec.levels()
+        if scalar is None:
             return f"{codec.name} {codec.shape.side}s have no scalar levels for fused kernels to read"
+        if not torch.allclose(scalar.levels, -scalar.levels.flip(0)):
+            return f"the levels of {codec.name} {codec.shape.side}s are not symmetric about zero"
         if codec.shape.head_dim % 8 or codec.shape.head_dim > 256:
             return f"head_dim {codec.shape.head_dim} is not a multiple of 8 up to 256"
     return None

@@ -26,6 +26,7 @@ from .tiles import (
     factor,
     gap_of,
     level_operands,
+    load_scales,
     load_table,
     load_words,
     pair_planes,
@@ -36,18 +37,6 @@ from .tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # of a masked score; finite, so that differences are
 START = tl.constexpr(-1e20)  # of the running maximum: masked scores weigh nothing even before the first other one
-
-
-@triton.jit
-def _scales(p_scale, o_scale, m_t, LOG8: tl.constexpr):
-    """The scales of a block's tokens and their log2, rounded up (of zero: something small)."""
-    code = tl.load(p_scale + o_scale, mask=m_t, other=0).to(tl.float32)
-    if LOG8:
-        log = code * 0.0625 - 8.0
-        return tl.where(code == 0, 0.0, tl.exp2(log)), log
-    else:
-        bits = tl.maximum(code, 1e-9).to(tl.int32, bitcast=True)
-        return code, ((bits >> 23) - 126).to(tl.float32)
 
 
 @triton.jit
@@ -198,7 +187,7 @@ def _split(
             0, KEY_BITS, PER, WORDS, DIM, KEY_BYTES, PAGED_TILE,
         )  # fmt: skip
         o_scale = page * key_scale_n + i_h * key_scale_h + row * KEY_SCALE_ROW + i_row * KEY_SCALE_ROW
-        k_scale, _ = _scales(p_key_scale, o_scale, m_t, KEY_LOG8)
+        k_scale, _ = load_scales(p_key_scale, o_scale, m_t, KEY_LOG8)
         scores = tl.zeros([BLOCK, COLUMNS], tl.float32)
         scores = _scores(planes, p_key_levels, key_table, query, scores, KEY_BITS, PER, KEY_MODE)
         scores = scores * k_scale[:, None] * gain[None, :] + bias[None, :]
@@ -208,7 +197,7 @@ def _split(
         if p_mask is not None:
             m_seen = m_t & (tl.load(p_mask + i_b * mask_b + start + i_t, mask=m_t, other=0) != 0)
         o_scale = page * value_scale_n + i_h * value_scale_h + row * VALUE_SCALE_ROW + i_row * VALUE_SCALE_ROW
-        v_scale, v_log = _scales(p_value_scale, o_scale, m_t, VALUE_LOG8)
+        v_scale, v_log = load_scales(p_value_scale, o_scale, m_t, VALUE_LOG8)
         # `top` is the largest log2 of weight times scale, so that their product fits fp16 whatever the scales.
         scores = tl.where(m_seen[:, None], scores, LOWEST)
         new_top = tl.maximum(top, tl.max(scores + v_log[:, None], 0))

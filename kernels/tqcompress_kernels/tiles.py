@@ -262,3 +262,15 @@ def level_operands(planes, p_levels, table, J: tl.constexpr, BITS: tl.constexpr,
     b_high, b_low = _lookup(p_levels, table, y >> 16, MODE)
     high = tl.join(a_high, b_high).reshape(y.shape[0], y.shape[1] * 2)
     return high, tl.join(a_low, b_low).reshape(y.shape[0], y.shape[1] * 2)
+
+
+@triton.jit
+def load_scales(p_scale, o_scale, m_t, LOG8: tl.constexpr):
+    """The scales of a block's tokens and their log2, rounded up (of zero: something small)."""
+    code = tl.load(p_scale + o_scale, mask=m_t, other=0).to(tl.float32)
+    if LOG8:
+        log = code * 0.0625 - 8.0
+        return tl.where(code == 0, 0.0, tl.exp2(log)), log
+    else:
+        bits = tl.maximum(code, 1e-9).to(tl.int32, bitcast=True)
+        return code, ((bits >> 23) - 126).to(tl.float32)
