@@ -10,8 +10,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from tqcompress import Backend, Codec, ModelError, hookimpl
-from tqcompress.blockwise import attend as attend_blockwise
+from tqcompress import Backend, Codec, ModelError, blockwise, hookimpl
 from tqcompress.packing import plane_fields
 from tqcompress.store import TokenStore
 from tqcompress.view import GroupView
@@ -24,18 +23,17 @@ def tqcompress_backend(group, codecs, device):
     """Fused kernels for groups on CUDA whose codecs are scalar levels."""
     if device.type != "cuda":
         return None
-    reason = _obstacle(codecs["key"], codecs["value"])
-    if reason is not None:
-        return Backend("torch", attend_blockwise, reason)
-    return FusedGroup(codecs["key"], codecs["value"], device).backend()
+    group = FusedGroup(codecs["key"], codecs["value"], device)
+    reason = _obstacle(group.key, group.value)
+    return group.backend() if reason is None else Backend("torch", blockwise.attend, reason)
 
 
-def _obstacle(*codecs: Codec) -> str | None:
+def _obstacle(*sides: "Side") -> str | None:
     """Why there is no kernel for these codecs, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which fused kernels need"
-    for codec in codecs:
-        scalar = codec.levels()
+    for side in sides:
+        scalar, codec = side.scalar, side.codec
         if scalar is None:
             return f"{codec.name} {codec.shape.side}s have no scalar levels for fused kernels to read"
         if not torch.allclose(scalar.levels, -scalar.levels.flip(0)):
@@ -50,7 +48,11 @@ class Side:
 
     def __init__(self, codec: Codec, device: torch.device):
         self.codec, self.device, self.scalar = codec, device, codec.levels()
-        self.planes = tuple(plane_fields(codec.shape.head_dim, self.scalar.bits))
+
+    @cached_property
+    def planes(self) -> tuple[str, ...]:
+        """Names of the fields that hold the codes, widest plane first."""
+        return tuple(plane_fields(self.codec.shape.head_dim, self.scalar.bits))
 
     @cached_property
     def levels(self) -> Tensor:
@@ -80,8 +82,9 @@ class Side:
     @cached_property
     def uniform(self) -> bool:
         """Whether levels are equally spaced."""
-        gaps = self.scalar.levels.diff()
-        return bool(torch.allclose(gaps, gaps.mean(), rtol=1e-5))
+        from tqcompress_kernels.packed import is_uniform
+
+        return is_uniform(self.scalar.levels)
 
     def packed(self, store: TokenStore):
         """The stored tokens as kernels read them."""
@@ -102,23 +105,26 @@ class FusedGroup:
 
     def backend(self) -> Backend:
         """The backend, with the kernel that decodes and why it is that one."""
+        name = "triton plain" if self.obstacle else "triton int8"
+        reason = self.obstacle or "levels are on an int8 grid: codes go straight into int8 tensor cores"
+        return Backend(name, self.attend, reason, self.append)
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why the int8 kernel cannot read the group, or None if it can."""
         from tqcompress_kernels import fast
 
         levels = self.key.scalar.levels, self.value.scalar.levels
-        why = fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device)
-        name = "triton int8" if why is None else "triton plain"
-        reason = why or "levels are on an int8 grid: codes go straight into int8 tensor cores"
-        return Backend(name, self.attend, reason, self.append)
+        return fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device)
 
     @cached_property
     def split(self):
         """The kernel that reads packed tokens."""
         from tqcompress_kernels import fast, plain
 
-        levels = self.key.scalar.levels, self.value.scalar.levels
-        if fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device) is not None:
+        if self.obstacle is not None:
             return plain.split
-        return fast.FastSplit(*(fast.lookup(side, self.device) for side in levels))
+        return fast.FastSplit(*(fast.lookup(side.scalar.levels, self.device) for side in (self.key, self.value)))
 
     def append(self, codec: Codec, vectors: Tensor, store: TokenStore) -> None:
         """Encode behind the last stored token."""
@@ -140,7 +146,7 @@ class FusedGroup:
         padding = None if mask is None else _padding(mask, query)
         if mask is not None and padding is None:
             _tell("masks of several queries or of single heads, or additive ones")
-            return attend_blockwise(query, view, mask, scaling, softcap)
+            return blockwise.attend(query, view, mask, scaling, softcap)
         key, value = self.key.packed(view.key), self.value.packed(view.value)
         if queries == 1 or (queries * share <= FEW_QUERIES and mask is None):
             return decode.decode_attention(
@@ -150,10 +156,10 @@ class FusedGroup:
         if chunk.takes(query, softcap) and mask is None:
             return chunk.chunk_attention(
                 query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
-                view.recent, view.packed, scaling,
+                view.recent, view.packed, scaling, blockwise.WORKSPACE_BYTES,
             )  # fmt: skip
         _tell("long chunks in float32 or with a soft cap of the scores")
-        return attend_blockwise(query, view, mask, scaling, softcap)
+        return blockwise.attend(query, view, mask, scaling, softcap)
 
     def _check(self, states: Tensor) -> None:
         if states.device != self.device:

@@ -23,14 +23,10 @@ BOUND = 2e-3
 DEVICE = "cuda"
 
 
-def levels_of(kind: str) -> torch.Tensor:
-    from bench_decode import levels_of
-
-    return levels_of(kind)
-
-
 def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, inputs: str, log8: bool = False):
     """Packed random codes whose scales are of the kind `inputs`."""
+    from bench_decode import levels_of
+
     from tqcompress_kernels.packed import Packed, plane_widths
 
     levels, bits = levels_of(kind), int(kind[-1])

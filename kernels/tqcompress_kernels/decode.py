@@ -1,8 +1,9 @@
-"""Attention of a few new queries over packed tokens, and exact ones before and after: three launches.
+"""Attention of a few new queries over packed tokens, and exact ones before and after: three or four launches.
 
 `prepare` rotates the queries, a split kernel (`plain` or a faster one with the same signature) walks the packed
-tokens, `combine` merges and adds the exact tokens. Nothing waits for the device and no shape depends on values on
-it, so a decode can be captured in a CUDA graph. The naive version is `reference.decode_attention`.
+tokens, `combine` attends to the exact tokens, if there are any, and merges everything. Nothing waits for the device
+and no shape depends on values on it, so a decode can be captured in a CUDA graph. The naive version is
+`reference.decode_attention`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +15,6 @@ from . import plain, tuning
 from .combine import Exact, combine
 from .packed import Packed
 from .prepare import empty, prepare
-
-COLUMNS = 64  # queries of a KV head that one pass takes
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .fast_kernel import decode_kernel
-from .packed import Packed
+from .packed import Packed, is_uniform
 
 LANES = 32
 
@@ -36,9 +36,9 @@ def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
     values = levels.double().cpu()
     count = len(values)
     bits = count.bit_length() - 1
-    gaps = values.diff()
-    if bits in (1, 2, 4, 8) and torch.allclose(gaps, gaps.mean(), rtol=1e-5):
-        return Lookup(f"u{bits}", torch.zeros(1, LANES, dtype=torch.int32, device=device), float(gaps.mean()))
+    if bits in (1, 2, 4, 8) and is_uniform(values):
+        none = torch.zeros(1, LANES, dtype=torch.int32, device=device)
+        return Lookup(f"u{bits}", none, float(values.diff().mean()))
     if bits not in (2, 3, 4):
         return f"{bits}-bit levels that are not uniform"
     step = integer_step(values)

@@ -9,6 +9,8 @@ four registers hold the same bytes of 4 tokens, whose nibbles or bytes are regro
 Every builder returns (text, number of outputs) for `inline_asm_elementwise(pack=4)`.
 """
 
+from typing import NamedTuple
+
 NIBBLES = "0x0F0F0F0F"
 SELECT = "0xE4"  # lop3: bits of the first operand where the third is set, of the second elsewhere
 
@@ -24,6 +26,14 @@ class _Asm:
 
     def add(self, *lines: str) -> None:
         self.lines += [f"{line};" for line in lines]
+
+    def look_up(self, selector: str, low: str, high: str, first: int, second: int) -> None:
+        """Outputs `first` and `second`: the bytes that the low and the high half of a selector pick; it is used up."""
+        self.add(
+            f"prmt.b32 ${first}, {low}, {high}, {selector}",
+            f"shr.u32 {selector}, {selector}, 16",
+            f"prmt.b32 ${second}, {low}, {high}, {selector}",
+        )
 
     def done(self) -> tuple[str, int]:
         return "{\n" + "\n".join(self.lines) + "\n}", self.outputs
@@ -82,10 +92,8 @@ def key_table3(odd: bool) -> tuple[str, int]:
         asm.add(
             "and.b32 t, x, 0x44444444",
             f"lop3.b32 s, {'s' if parity else word}, 0x33333333, t, 0xEA",
-            f"prmt.b32 ${2 * parity}, {p0}, {p1}, s",
-            "shr.u32 s, s, 16",
-            f"prmt.b32 ${2 * parity + 1}, {p0}, {p1}, s",
         )
+        asm.look_up("s", p0, p1, 2 * parity, 2 * parity + 1)
     return asm.done()
 
 
@@ -98,9 +106,7 @@ def key_table2() -> tuple[str, int]:
             asm.add(f"shr.u32 s, {word}, 2", "and.b32 s, s, 0x33333333")
         else:
             asm.add(f"and.b32 s, {word}, 0x33333333")
-        asm.add(
-            f"prmt.b32 ${2 * parity}, {p0}, {p0}, s", "shr.u32 s, s, 16", f"prmt.b32 ${2 * parity + 1}, {p0}, {p0}, s"
-        )
+        asm.look_up("s", p0, p0, 2 * parity, 2 * parity + 1)
     return asm.done()
 
 
@@ -196,17 +202,14 @@ def value_table3() -> tuple[str, int]:
         high = "he" if parity == 0 else "ho"
         for code in range(2):
             shift = ("shl.b32 t, {}, 2", "shl.b32 t, {}, 1", "mov.b32 t, {}", "shr.u32 t, {}, 1")[2 * half + code]
-            source = "s"
             if code:
                 asm.add("shr.u32 s, s, 2")
             asm.add(
                 shift.format(high),
                 "and.b32 t, t, 0x44444444",
-                f"lop3.b32 u, {source}, 0x33333333, t, 0xEA",
-                f"prmt.b32 ${2 * first + code}, {p0}, {p1}, u",
-                "shr.u32 u, u, 16",
-                f"prmt.b32 ${2 * second + code}, {p0}, {p1}, u",
+                "lop3.b32 u, s, 0x33333333, t, 0xEA",
             )
+            asm.look_up("u", p0, p1, 2 * first + code, 2 * second + code)
     return asm.done()
 
 
@@ -220,34 +223,41 @@ def value_table2() -> tuple[str, int]:
         for code in range(2):
             if code:
                 asm.add("shr.u32 s, s, 2")
-            asm.add(
-                "and.b32 u, s, 0x33333333",
-                f"prmt.b32 ${2 * first + code}, {p0}, {p0}, u",
-                "shr.u32 u, u, 16",
-                f"prmt.b32 ${2 * second + code}, {p0}, {p0}, u",
-            )
+            asm.add("and.b32 u, s, 0x33333333")
+            asm.look_up("u", p0, p0, 2 * first + code, 2 * second + code)
     return asm.done()
 
 
-def key_plans() -> dict[str, tuple]:
-    """(codes a word, operands a word, text, constraints, table words) of every kind of keys."""
-    plans = {}
-    for bits in (1, 2, 4, 8):
-        text, outputs = key_uniform(bits)
-        plans[f"u{bits}"] = (32 // bits, outputs, text, constraints(outputs, 4), 0)
-    plans["t2"] = (16, 4, key_table2()[0], constraints(4, 8), 1)
-    plans["t3"] = (16, 4, (key_table3(False)[0], key_table3(True)[0]), constraints(4, 16), 2)
-    plans["t4"] = (8, 4, key_table4()[0], constraints(4, 20), 4)
+class Plan(NamedTuple):
+    """How the words of a kind become operands."""
+
+    codes: int  # in a word
+    operands: int  # that a word becomes
+    text: str | tuple[str, str]  # two where even and odd words differ
+    constraints: str
+    tables: int  # 32-bit words of the table of levels
+
+
+def _plan(codes: int, built: tuple[str, int], inputs: int, tables: int) -> Plan:
+    """`inputs` counts tensors: four registers each."""
+    text, outputs = built
+    return Plan(codes, outputs, text, constraints(outputs, 4 * inputs), tables)
+
+
+def key_plans() -> dict[str, Plan]:
+    """The plan of every kind of keys."""
+    plans = {f"u{bits}": _plan(32 // bits, key_uniform(bits), 1, 0) for bits in (1, 2, 4, 8)}
+    texts = (key_table3(False)[0], key_table3(True)[0])
+    plans["t2"] = _plan(16, key_table2(), 2, 1)
+    plans["t3"] = _plan(16, (texts, 4), 4, 2)
+    plans["t4"] = _plan(8, key_table4(), 5, 4)
     return plans
 
 
-def value_plans() -> dict[str, tuple]:
-    """The same for values; a word of 1-bit codes has 16 of them."""
-    plans = {}
-    for bits in (1, 2, 4, 8):
-        text, outputs = value_uniform(bits)
-        plans[f"u{bits}"] = (min(16, 32 // bits), outputs, text, constraints(outputs, 4), 0)
-    plans["t2"] = (16, 16, value_table2()[0], constraints(16, 8), 1)
-    plans["t3"] = (16, 16, value_table3()[0], constraints(16, 16), 2)
-    plans["t4"] = (8, 16, value_table4()[0], constraints(16, 20), 4)
+def value_plans() -> dict[str, Plan]:
+    """The plan of every kind of values; 4 words, of 4 tokens, count as one input, 1-bit words have 16 codes."""
+    plans = {f"u{bits}": _plan(min(16, 32 // bits), value_uniform(bits), 1, 0) for bits in (1, 2, 4, 8)}
+    plans["t2"] = _plan(16, value_table2(), 2, 1)
+    plans["t3"] = _plan(16, value_table3(), 4, 2)
+    plans["t4"] = _plan(8, value_table4(), 5, 4)
     return plans

@@ -1,8 +1,9 @@
 """Split-KV decoding on int8 tensor cores (mma.sync m16n8k32, sm_80 and later), one warp a program.
 
-Codes become signed bytes in registers (`fast_asm`) and go straight into the tensor core; nothing passes through
-shared memory. The query and the softmax weights are 16-bit fixed point, a high and a low byte in neighbouring
-columns, so products are exact and their error is that of rounding to 1/32000 of a column's largest number.
+Packed rows come through a ring of shared-memory buffers (`fast_tiles`); in registers codes become signed bytes
+(`fast_asm`), which go straight into the tensor core. The query and the softmax weights are 16-bit fixed point, a high
+and a low byte in neighbouring columns, so products are exact and their error is that of rounding to 1/32000 of a
+column's largest number.
 
 Tokens lie on the rows of the key product and, as its depth, of the value product; heads lie on the columns. The
 order of coordinates and of the tokens of a tile is free, so it is chosen such that every lane loads whole vectors
@@ -18,7 +19,6 @@ from .fast_operands import (
     LIMIT,
     arguments,
     code_bits,
-    codes_of,
     expand,
     half_words,
     is_uniform,
@@ -27,10 +27,10 @@ from .fast_operands import (
     key_table,
     main_bits,
     per_head,
+    plan,
     query_operands,
     side_by_side,
     store_rows,
-    tables_of,
     value_table,
 )  # fmt: skip
 from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, value_scales, value_tile
@@ -61,7 +61,7 @@ def decode_kernel(
     KR: gl.constexpr, KHR: gl.constexpr, KSR: gl.constexpr, VR: gl.constexpr, VHR: gl.constexpr, VSR: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, MASK: gl.constexpr, LENGTHS: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head. See `fast.split` for the arguments."""
+    """One split of one KV head. See `plain.split` for the arguments."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     A8: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     B8: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
@@ -70,8 +70,8 @@ def decode_kernel(
     VB: gl.constexpr = code_bits(VALUE)
     KMAIN: gl.constexpr = main_bits(KEY)
     VMAIN: gl.constexpr = main_bits(VALUE)
-    VALUE_WORDS: gl.constexpr = VD // 8 // codes_of("value", VALUE)
-    OUTS: gl.constexpr = codes_of("value", VALUE) // 2  # accumulators a word
+    VALUE_WORDS: gl.constexpr = VD // 8 // plan("value", VALUE, "codes")
+    OUTS: gl.constexpr = plan("value", VALUE, "codes") // 2  # accumulators a word
     OL: gl.constexpr = join_fixed(gl.zeros([16, N], gl.int32, MMA)).type.layout
     SL: gl.constexpr = join_fixed(gl.zeros([T, N], gl.int32, MMA)).type.layout
     HEAD: gl.constexpr = gl.SliceLayout(0, SL)
@@ -127,10 +127,10 @@ def decode_kernel(
     if BIAS:
         bias = gl.load(p_bias + row * all_columns + head, mask=head < COLUMNS, other=0.0)
     k_tables = ()
-    for i in gl.static_range(tables_of("key", KEY)):
+    for i in gl.static_range(plan("key", KEY, "tables")):
         k_tables = k_tables + (key_table(k_table + 32 * i, T),)
     v_tables = ()
-    for i in gl.static_range(tables_of("value", VALUE)):
+    for i in gl.static_range(plan("value", VALUE, "tables")):
         v_tables = v_tables + (value_table(v_table + 32 * i, T),)
 
     m = gl.full([C], -1e30, gl.float32, HEAD)

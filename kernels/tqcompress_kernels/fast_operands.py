@@ -12,32 +12,15 @@ PLANS = gl.constexpr({"key": fast_asm.key_plans(), "value": fast_asm.value_plans
 
 
 @gluon.constexpr_function
-def codes_of(side, kind):
-    """Codes in a word."""
-    return PLANS.value[side][kind][0]
-
-
-@gluon.constexpr_function
-def operands_of(side, kind):
-    """Half operands that a word becomes."""
-    return PLANS.value[side][kind][1]
+def plan(side, kind, entry):
+    """An entry of a kind's `fast_asm.Plan`."""
+    return getattr(PLANS.value[side][kind], entry)
 
 
 @gluon.constexpr_function
 def text_of(side, kind, odd):
-    text = PLANS.value[side][kind][2]
+    text = PLANS.value[side][kind].text
     return text[odd] if isinstance(text, tuple) else text
-
-
-@gluon.constexpr_function
-def constraints_of(side, kind):
-    return PLANS.value[side][kind][3]
-
-
-@gluon.constexpr_function
-def tables_of(side, kind):
-    """32-bit words of the table of levels."""
-    return PLANS.value[side][kind][4]
 
 
 @gluon.constexpr_function
@@ -66,8 +49,8 @@ def key_shift(kind, o):
 @gluon.jit
 def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
     """The coordinate in byte `r` of lane quarter `c` of operand `o`, counted over all words of a quarter row."""
-    j: gl.constexpr = o % operands_of("key", kind)
-    first = (c * WORDS + o // operands_of("key", kind)) * codes_of("key", kind)
+    j: gl.constexpr = o % plan("key", kind, "operands")
+    first = (c * WORDS + o // plan("key", kind, "operands")) * plan("key", kind, "codes")
     if kind == "t4":
         return first + 4 * (j // 2) + r
     elif kind[0] == "t":
@@ -150,11 +133,11 @@ def arguments(kind: gl.constexpr, word, high, tables):
 def expand(side: gl.constexpr, kind: gl.constexpr, odd: gl.constexpr, args):
     """Run the assembly of a kind: a tuple of int8 tensors."""
     text: gl.constexpr = text_of(side, kind, odd)
-    constraints: gl.constexpr = constraints_of(side, kind)
-    if operands_of(side, kind) == 1:
+    constraints: gl.constexpr = plan(side, kind, "constraints")
+    if plan(side, kind, "operands") == 1:
         return (gl.inline_asm_elementwise(text, constraints, args, dtype=gl.int8, is_pure=True, pack=4),)
     else:
-        types: gl.constexpr = (gl.int8,) * operands_of(side, kind)
+        types: gl.constexpr = (gl.int8,) * plan(side, kind, "operands")
         return gl.inline_asm_elementwise(text, constraints, args, dtype=types, is_pure=True, pack=4)
 
 
@@ -204,13 +187,13 @@ def query_operands(p, kind: gl.constexpr, WORDS: gl.constexpr, D: gl.constexpr, 
     n = gl.arange(0, N, gl.SliceLayout(0, B8))
     k = gl.arange(0, 32, gl.SliceLayout(1, B8))
     head = (n // 2)[None, :]
-    d = gl.arange(0, 4 * WORDS * codes_of("key", kind), gl.SliceLayout(1, B8))[:, None]
+    d = gl.arange(0, 4 * WORDS * plan("key", kind, "codes"), gl.SliceLayout(1, B8))[:, None]
     top = gl.max(gl.abs(gl.load(p + head * D + d, mask=(d < D) & (head < COLUMNS), other=0.0)), 0)
     top = gl.maximum(top, 1e-30)
     fix = (LIMIT / top)[None, :]
     total = gl.zeros([N], gl.float32, gl.SliceLayout(0, B8))
     out = ()
-    for pair in gl.static_range(WORDS * operands_of("key", kind) // 2):
+    for pair in gl.static_range(WORDS * plan("key", kind, "operands") // 2):
         code = gl.where(
             k < 16,
             key_code(kind, 2 * pair, (k % 16) // 4, k % 4, WORDS),
@@ -236,10 +219,10 @@ def per_head(x, layout: gl.constexpr):
 def store_rows(p, acc, i: gl.constexpr, scale, weight, VALUE: gl.constexpr, WORDS: gl.constexpr, D: gl.constexpr, ok):
     """Bring accumulator `i` to true levels and store it."""
     bits: gl.constexpr = code_bits(VALUE)
-    OUTS: gl.constexpr = codes_of("value", VALUE) // 2
+    OUTS: gl.constexpr = plan("value", VALUE, "codes") // 2
     info: gl.constexpr = value_rows(VALUE, i % OUTS)
     r = gl.arange(0, 16, gl.SliceLayout(1, acc.type.layout))
-    code = ((r % 8) * WORDS + i // OUTS) * codes_of("value", VALUE) + gl.where(r < 8, info[0], info[1])
+    code = ((r % 8) * WORDS + i // OUTS) * plan("value", VALUE, "codes") + gl.where(r < 8, info[0], info[1])
     out = acc * (scale * (1.0 / (1 << info[2])))
     if is_uniform(VALUE):
         out = out + weight * (info[3] - 0.5 * ((1 << bits) - 1))

@@ -51,6 +51,12 @@ def value_layout(tokens, parts):
 
 
 @gluon.constexpr_function
+def row_layout():
+    """Of one number a token: lane 4g + c holds those of rows `8 i + g`."""
+    return gl.SliceLayout(1, gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0]))
+
+
+@gluon.constexpr_function
 def copy_layout(words):
     """Of a tile of rows on its way to shared memory: up to 16 bytes a lane, neighbouring lanes along a row."""
     each = min(words, 4)
@@ -76,16 +82,13 @@ def value_words(x):
 
 
 @gluon.jit
-def row_offsets(s, phys, ROW: gl.constexpr, table, page_stride, PAGE: gl.constexpr, T: gl.constexpr):
-    """Element offsets of tokens `s + phys` of a head: rows in a line, or in pages."""
+def row_offsets(s, phys, ROW: gl.constexpr, table, page_stride, PAGE: gl.constexpr):
+    """Element offsets of tokens `s + phys` of a head: rows in a line, or in pages of whole tiles."""
     if PAGE == 0:
         return s * ROW + phys * ROW
-    elif PAGE % T == 0:
+    else:
         page = gl.load(table + s // PAGE).to(gl.int64)
         return page * page_stride + (s % PAGE) * ROW + phys * ROW
-    else:
-        page = gl.load(table + (s + phys) // PAGE).to(gl.int64)
-        return page * page_stride + ((s + phys) % PAGE) * ROW
 
 
 @gluon.jit
@@ -94,7 +97,7 @@ def rows_at(p, s, end, ROW: gl.constexpr, PARTS: gl.constexpr, REAL: gl.constexp
     """Pointers to `[T, PARTS]` parts of the rows of tokens from `s`, and which of them are there."""
     t = gl.arange(0, T, gl.SliceLayout(1, L))
     i = gl.arange(0, PARTS, gl.SliceLayout(0, L))
-    offsets = row_offsets(s, t, ROW, table, page_stride, PAGE, T)
+    offsets = row_offsets(s, t, ROW, table, page_stride, PAGE)
     return p + (offsets[:, None] + i[None, :]), (s + t < end)[:, None] & (i < REAL)[None, :]
 
 
@@ -136,9 +139,7 @@ def copy_line(buffer, p, s, table, page_stride, PAGE: gl.constexpr, T: gl.conste
 def line_of(buffer, dtype: gl.constexpr, T: gl.constexpr):
     """The numbers of `copy_line`, in the order of `row_tokens`."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return buffer._reinterpret(dtype, [T], flat).load(
-        gl.SliceLayout(1, gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0]))
-    )
+    return buffer._reinterpret(dtype, [T], flat).load(row_layout())
 
 
 @gluon.jit
@@ -154,7 +155,7 @@ def parts_of(buffer, dtype: gl.constexpr, PARTS: gl.constexpr):
 @gluon.jit
 def row_tokens(T: gl.constexpr):
     """The tokens of a tile, spread over lanes like the rows of scores: lane 4g + c holds tokens `8 i + g`."""
-    return gl.arange(0, T, gl.SliceLayout(1, gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])))
+    return gl.arange(0, T, row_layout())
 
 
 @gluon.jit
@@ -162,7 +163,7 @@ def load_rows(p, s, end, ROW: gl.constexpr, table, page_stride, PAGE: gl.constex
               MASKED: gl.constexpr):  # fmt: skip
     """One number a token, in the order of `row_tokens`."""
     t = row_tokens(T)
-    offsets = row_offsets(s, t, ROW, table, page_stride, PAGE, T)
+    offsets = row_offsets(s, t, ROW, table, page_stride, PAGE)
     if MASKED:
         return gl.load(p + offsets, mask=s + t < end, other=0)
     else:

@@ -1,4 +1,4 @@
-"""The queries of a decode in the basis of the stored keys: the first of its three launches.
+"""The queries of a decode in the basis of the stored keys: its first launch.
 
 The naive version is `reference.prepare`.
 """

@@ -13,6 +13,8 @@ tensor core (it moves the change of layout to the loads only if all other leaves
 import triton
 import triton.language as tl
 
+from .packed import plane_widths
+
 # How codes become levels, a mode a side:
 AFFINE = tl.constexpr(0)  # equally spaced levels: the code, in the mantissa of an fp16 number
 BITWISE = tl.constexpr(1)  # 2 bits: symmetric levels are a sum over the two bits, each read as by AFFINE
@@ -20,9 +22,7 @@ SHUFFLE = tl.constexpr(2)  # up to 5 bits: the lanes of a warp hold the table, a
 LOAD = tl.constexpr(3)  # any levels: loads from the table
 
 
-@triton.constexpr_function
-def widths(bits):
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+widths = triton.constexpr_function(plane_widths)
 
 
 @triton.constexpr_function
