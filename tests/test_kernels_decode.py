@@ -215,5 +215,5 @@ def test_split_count():
     device = torch.device("cpu")
     assert tuning.splits(device, 1, 128, 0) == 0
     assert tuning.splits(device, 10_000, 128, 1 << 20) == 1
-    assert tuning.splits(device, 1, 128, 300) == 2
+    assert tuning.splits(device, 1, 128, 300) == 3
     assert tuning.splits(device, 1, 128, 1 << 24) <= tuning.MAX_SPLITS

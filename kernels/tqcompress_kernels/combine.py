@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import launch_options, let_next_start, wait_for_previous
 from .prepare import load_columns, precision
-from .tuning import MAX_SPLITS
 
 CHUNK = tl.constexpr(64)  # recent tokens a program attends to
 BLOCK = tl.constexpr(64)  # tokens at once
@@ -24,46 +24,38 @@ Exact = tuple[Tensor, Tensor] | None
 
 # Not specialised: what changes from step to step or with the size of a buffer, or Triton compiles anew.
 @triton.jit(
-    do_not_specialize=[
-        "kv_heads",
-        "columns",
-        "queries",
-        "sinks",
-        "recent",
-        "mask_b",
-        "recent_mask",
-        "query_b",
-        "query_h",
-        "query_q",
-    ],
-    do_not_specialize_on_alignment=["p_mask", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"],
+    do_not_specialize=["kv_heads", "columns", "queries", "sinks", "recent", "mask_b", "recent_mask"],
+    do_not_specialize_on_alignment=["p_mask"],
 )
 def exact_kernel(
     p_query, p_sink_k, p_sink_v, p_recent_k, p_recent_v, p_mask, p_out, p_lse, sink_strides, recent_strides,
     query_b, query_h, query_q, mask_b, recent_mask, kv_heads, columns, queries, sinks, recent, scaling, softcap,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Chunk `program_id(2)` of the exact tokens, all sinks being the first one, for columns of a KV head."""
+    if FIRST:
+        wait_for_previous(OVERLAP)
+    let_next_start(OVERLAP)
     i_head = tl.program_id(0).to(tl.int64)
     i_b, i_h, part, parts = i_head // kv_heads, i_head % kv_heads, tl.program_id(2), tl.num_programs(2)
     i_c, i_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DIM_PAD)
     query = load_columns(p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM, DIM_PAD)
     if WIDEN:
         query = query.to(tl.float32)
-    if SINKS and part == 0:
-        first, last, everybody, o_mask = 0, sinks, sinks, 0
-        p_k = (p_sink_k + i_b * sink_strides[0] + i_h * sink_strides[1]).to(tl.int64)
-        p_v = (p_sink_v + i_b * sink_strides[3] + i_h * sink_strides[4]).to(tl.int64)
-        k_row, v_row = sink_strides[2], sink_strides[5]
-    else:  # query i sees the first `everybody + i` recent tokens
-        first = (part - SINKS) * CHUNK
-        last, everybody, o_mask = tl.minimum(first + CHUNK, recent), recent - queries + 1, recent_mask
-        p_k = (p_recent_k + i_b * recent_strides[0] + i_h * recent_strides[1]).to(tl.int64)
-        p_v = (p_recent_v + i_b * recent_strides[3] + i_h * recent_strides[4]).to(tl.int64)
-        k_row, v_row = recent_strides[2], recent_strides[5]
-    # Numbers in between: Triton's AMD backend fails on a pointer that two branches define.
-    p_k, p_v = p_k.to(p_recent_k.dtype), p_v.to(p_recent_v.dtype)
+    # Query i sees the first `everybody + i` tokens.
+    first, everybody, o_mask = (part - SINKS) * CHUNK, recent - queries + 1, recent_mask
+    last = tl.minimum(first + CHUNK, recent)
+    p_k = p_recent_k + i_b * recent_strides[0] + i_h * recent_strides[1]
+    p_v = p_recent_v + i_b * recent_strides[3] + i_h * recent_strides[4]
+    k_row, v_row = recent_strides[2], recent_strides[5]
+    if SINKS:
+        other = part > 0
+        first, last = tl.where(other, first, 0), tl.where(other, last, sinks)
+        everybody, o_mask = tl.where(other, everybody, sinks), tl.where(other, o_mask, 0)
+        p_k = tl.where(other, p_k, p_sink_k + i_b * sink_strides[0] + i_h * sink_strides[1])
+        p_v = tl.where(other, p_v, p_sink_v + i_b * sink_strides[3] + i_h * sink_strides[4])
+        k_row, v_row = tl.where(other, k_row, sink_strides[2]), tl.where(other, v_row, sink_strides[5])
     top = tl.full([COLUMNS], START, tl.float32)
     mass = tl.zeros([COLUMNS], tl.float32)
     total = tl.zeros([COLUMNS, DIM_PAD], tl.float32)
@@ -93,53 +85,58 @@ def exact_kernel(
     out = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(p_out + row[:, None] * DIM + i_d[None, :], out, mask=m_c[:, None] & (i_d < DIM)[None, :])
     tl.store(p_lse + row, tl.where(mass > 0, top + tl.log2(mass), -float("inf")), mask=m_c)
+    if not FIRST:
+        wait_for_previous(OVERLAP)
+
+
+@triton.jit
+def _merge(p_x, p_lse, o_first, step, count, m_row, i_d, DIM: tl.constexpr, EACH: tl.constexpr):
+    """Coordinates i_d of the average of parts weighted by exp2(lse): largest lse, sum of weights over its, sum."""
+    top = tl.full([o_first.shape[0]], START, tl.float32)
+    mass = tl.zeros([o_first.shape[0]], tl.float32)
+    total = tl.zeros([o_first.shape[0], i_d.shape[0]], tl.float32)
+    for start in range(0, count, EACH):
+        i = start + tl.arange(0, EACH)
+        o = o_first[:, None] + (i * step)[None, :]
+        m = m_row[:, None] & (i < count)[None, :]
+        lse = tl.load(p_lse + o, mask=m, other=-float("inf"))
+        p_part = p_x + (o * DIM)[:, :, None] + i_d[None, None, :]
+        x = tl.load(p_part, mask=m[:, :, None] & (i_d < DIM)[None, None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, 1))
+        weight, shrink = tl.exp2(lse - new_top[:, None]), tl.exp2(top - new_top)
+        mass, top = mass * shrink + tl.sum(weight, 1), new_top
+        total = total * shrink[:, None] + tl.sum(x * weight[:, :, None], 1)
+    return top, mass, total
 
 
 @triton.jit(do_not_specialize=["kv_heads", "columns", "count", "splits", "parts"])
 def finish_kernel(
     p_partial, p_lse, p_exact, p_exact_lse, p_back, p_mean, p_out, p_out_lse, back_h, mean_h,
     kv_heads, columns, count, splits, parts,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, UNROLL: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Coordinates `program_id(2) * TILE` and on of some of `count` rows; a row is a column of a KV head."""
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = i_row < count
     i_row = tl.program_id(1).to(tl.int64) * count + i_row
     i_head, i_c = i_row // columns, i_row % columns
-    i_s, i_d = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
-    i_n = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    i_d, i_n = tl.arange(0, DIM_PAD), tl.program_id(2) * TILE + tl.arange(0, TILE)
     i_h = tl.program_id(1) % kv_heads  # one head a program where heads differ in rotation or mean
     m_back = (i_d < DIM)[:, None] & (i_n < DIM)[None, :]
     back = tl.load(p_back + i_h * back_h + i_d[:, None] * DIM + i_n[None, :], mask=m_back, other=0.0)
-    o_lse = (i_head * splits * columns + i_c)[:, None] + i_s[None, :] * columns
-    m_s = (i_s < splits)[None, :] & m_row[:, None]
-    every = tl.load(p_lse + o_lse, mask=m_s, other=-float("inf"))
-    top = tl.maximum(tl.max(every, 1), START)
-    mass = tl.sum(tl.exp2(every - top[:, None]), 1)
-    packed = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    for start in range(0, splits, UNROLL):  # unrolled: loads that wait for each other would take most of the time
-        for i in tl.static_range(UNROLL):
-            o_s = (i_head * splits + start + i) * columns + i_c
-            m_one = m_row & (start + i < splits)
-            weight = tl.exp2(tl.load(p_lse + o_s, mask=m_one, other=-float("inf")) - top)
-            m_part = m_one[:, None] & (i_d < DIM)[None, :]
-            packed += tl.load(p_partial + o_s[:, None] * DIM + i_d[None, :], mask=m_part, other=0.0) * weight[:, None]
-    packed_mass, packed_top = mass, top
-    exact = tl.zeros([ROWS, TILE], tl.float32)
-    for part in range(parts):
-        lse = tl.load(p_exact_lse + i_row * parts + part, mask=m_row, other=-float("inf"))
-        new_top = tl.maximum(top, lse)
-        weight, shrink = tl.exp2(lse - new_top), tl.exp2(top - new_top)
-        mass, top = mass * shrink + weight, new_top
-        p_tile = p_exact + (i_row * parts + part)[:, None] * DIM + i_n[None, :]
-        x = tl.load(p_tile, mask=m_row[:, None] & (i_n < DIM)[None, :], other=0.0)
-        exact = exact * shrink[:, None] + x * weight[:, None]
-    share = tl.exp2(packed_top - top)
-    total = exact + tl.dot(packed, back, input_precision=PRECISION) * share[:, None]
+    wait_for_previous(OVERLAP)
+    o_first = i_head * splits * columns + i_c
+    packed_top, packed_mass, packed = _merge(p_partial, p_lse, o_first, columns, splits, m_row, i_d, DIM, EACH)
+    top, mass, exact = _merge(p_exact, p_exact_lse, i_row * parts, 1, parts, m_row, i_n, DIM, 8)
+    new_top = tl.maximum(packed_top, top)
+    share, exact_share = tl.exp2(packed_top - new_top), tl.exp2(top - new_top)
+    packed_mass *= share
+    mass, top = packed_mass + mass * exact_share, new_top
+    total = tl.dot(packed * share[:, None], back, exact * exact_share[:, None], input_precision=PRECISION)
     if p_mean is not None:
         mean = tl.load(p_mean + i_h * mean_h + i_n, mask=i_n < DIM, other=0.0)
-        total += (packed_mass * share)[:, None] * mean[None, :]
+        total += packed_mass[:, None] * mean[None, :]
     out = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(p_out + i_row[:, None] * DIM + i_n[None, :], out, mask=m_row[:, None] & (i_n < DIM)[None, :])
     if tl.program_id(2) == 0:
@@ -181,18 +178,25 @@ def combine(
     exact, exact_lse = _exact(query, sinks, recent, mask, tokens, scaling, softcap, partial.shape, pad)
     shared = value_back.shape[0] == 1 and value_mean is None
     segments, count = (1, batch * kv_heads * columns) if shared else (batch * kv_heads, columns)
-    tile = 32 if segments * count <= 512 else min(pad, 128)
-    programs = segments * count * triton.cdiv(dim, tile)
-    rows = 1
-    while rows < min(16, count) and programs > 512 * rows:
-        rows *= 2
+    rows, tile, each, warps = _tiling(segments * count, count, pad)
     finish_kernel[triton.cdiv(count, rows), segments, triton.cdiv(dim, tile)](
         partial, lse, exact, exact_lse, value_back, value_mean, out, out_lse,
         0 if value_back.shape[0] == 1 else value_back.stride(0), 0 if value_mean is None else value_mean.stride(0),
         kv_heads, columns, count, splits, exact_lse.shape[-1],
-        DIM=dim, DIM_PAD=pad, ROWS=rows, SPLITS=max(MAX_SPLITS, triton.next_power_of_2(splits)),
-        UNROLL=max(2, 16 // rows), TILE=tile, PRECISION=precision(), num_warps=4,
+        DIM=dim, DIM_PAD=pad, ROWS=rows, EACH=each, TILE=tile, PRECISION=precision(), num_warps=warps,
+        **launch_options(query.device),
     )  # fmt: skip
+
+
+def _tiling(total: int, count: int, pad: int) -> tuple[int, int, int, int]:
+    """Rows and coordinates a program of `finish_kernel`, parts it loads at once, and its warps.
+
+    `total`: all rows; `count`: those of a segment, which a program cannot leave.
+    """
+    rows, tile, each, warps = (1, 32, 128, 4) if total <= 64 else (4, 64, 16, 4) if total <= 1024 else (16, 128, 2, 8)
+    while rows > 1 and rows > count:
+        rows, each = rows // 2, each * 2
+    return rows, min(pad, tile), each, warps
 
 
 def _exact(query, sinks, recent, mask, tokens, scaling, softcap, shape, pad: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +219,7 @@ def _exact(query, sinks, recent, mask, tokens, scaling, softcap, shape, pad: int
             *query.stride()[:3], 0 if mask is None else mask.stride(0), n_sinks + tokens,
             kv_heads, columns, query.shape[2], n_sinks, n_recent, scaling, softcap or 0.0,
             DIM=dim, DIM_PAD=pad, COLUMNS=tile, SOFTCAP=bool(softcap), WIDEN=widen, SINKS=int(n_sinks > 0),
-            PRECISION=precision(), num_warps=4, num_stages=2,
+            PRECISION=precision(), FIRST=shape[2] == 0, num_warps=4, num_stages=2, **launch_options(query.device),
         )  # fmt: skip
     return out, lse
 

@@ -69,7 +69,8 @@ def decode_attention(
     partial = query.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
     lse = query.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
     if splits:
-        prepare(query, key_back, key_mean, rotated, bias, scaling)
+        early = tuning.spread(query.device, batch * kv_heads * splits)
+        prepare(query, key_back, key_mean, rotated, bias, scaling, early)
         packed_mask = mask if mask is None or sinks is None else mask[:, sinks[0].shape[2] :]
         split(
             rotated, bias, key, value, partial, lse, tokens, lengths, packed_mask, block_table, scaling, softcap

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import overlap, tuning
 from .fast_kernel import decode_kernel
 from .packed import Packed, is_uniform
 
 LANES = 32
+RESERVED = 1024  # bytes of shared memory that the system takes of each program
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,22 @@ class FastSplit:
             KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
             VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
             SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
-            num_warps=1,
+            BUFFERS=self._buffers(key, value, dim, tile, stages), num_warps=1, **overlap.launch_options(rotated.device),
         )  # fmt: skip
+
+    def _buffers(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> int:
+        """Buffers of the ring: `stages`, and unused ones, such that a multiprocessor holds `PROGRAMS` programs.
+
+        When a kernel starts while another one runs, programs go where there is room, as many as fit, and leave other
+        multiprocessors idle; the shared memory they claim is what spreads them evenly.
+        """
+        device = key.scale.device
+        if not overlap.overlaps(device):
+            return stages
+        scales = key.scale.element_size() + value.scale.element_size()
+        codes = padded(dim, self.key.bits, True) * self.key.bits + padded(dim, self.value.bits, False) * self.value.bits
+        room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // tuning.PROGRAMS - RESERVED
+        return max(stages, room // (tile * (codes // 8 + scales)))
 
 
 def _check(side: Packed, name: str, page: int, tile: int) -> None:

@@ -34,6 +34,7 @@ from .fast_operands import (
     value_table,
 )  # fmt: skip
 from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, value_scales, value_tile
+from .overlap import let_next_start, wait_for_previous
 
 
 @gluon.jit
@@ -60,6 +61,7 @@ def decode_kernel(
     COLUMNS: gl.constexpr, C: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
     KR: gl.constexpr, KHR: gl.constexpr, KSR: gl.constexpr, VR: gl.constexpr, VHR: gl.constexpr, VSR: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, MASK: gl.constexpr, LENGTHS: gl.constexpr, BIAS: gl.constexpr,
+    BUFFERS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One split of one KV head. See `plain.split` for the arguments."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
@@ -77,14 +79,15 @@ def decode_kernel(
     HEAD: gl.constexpr = gl.SliceLayout(0, SL)
     HEAD_O: gl.constexpr = gl.SliceLayout(0, OL)
 
+    let_next_start(OVERLAP)
     row = gl.program_id(0).to(gl.int64)
     i_split = gl.program_id(1)
     splits = gl.num_programs(1)
     b = row // kv_heads
     h = row % kv_heads
-    span = gl.cdiv(gl.cdiv(tokens, splits), T) * T
-    start = i_split * span
-    end = gl.minimum(start + span, tokens)
+    tiles = gl.cdiv(tokens, T)
+    start = tiles * i_split // splits * T
+    end = gl.minimum(tiles * (i_split + 1) // splits * T, tokens)
     if LENGTHS:
         end = gl.minimum(end, gl.load(p_lengths + b))
     whole = start + gl.maximum(end - start, 0) // T * T
@@ -109,14 +112,22 @@ def decode_kernel(
     )
 
     # Whole tiles come through a ring of shared-memory buffers, copied `STAGES - 1` tiles ahead of their use.
-    k_ring = ring(STAGES, T, KD, KMAIN, KB == 3, p_ks)
-    v_ring = ring(STAGES, T, VD, VMAIN, VB == 3, p_vs)
+    k_ring = ring(BUFFERS, T, KD, KMAIN, KB == 3, p_ks)
+    v_ring = ring(BUFFERS, T, VD, VMAIN, VB == 3, p_vs)
     for ahead in gl.static_range(STAGES - 1):
         if start + ahead * T < whole:
             copy_side(k_ring, ahead, keys, start + ahead * T, end, D, KMAIN, KB == 3, KR, KHR, p_pages, PAGE, T)
             copy_side(v_ring, ahead, values, start + ahead * T, end, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T)
         async_copy.commit_group()
 
+    k_tables = ()
+    for i in gl.static_range(plan("key", KEY, "tables")):
+        k_tables = k_tables + (key_table(k_table + 32 * i, T),)
+    v_tables = ()
+    for i in gl.static_range(plan("value", VALUE, "tables")):
+        v_tables = v_tables + (value_table(v_table + 32 * i, T),)
+
+    wait_for_previous(OVERLAP)
     queries, top, total = query_operands(p_query + row * all_columns * D, KEY, KD * KMAIN // 128, D, COLUMNS, N, B8)
     gain = per_head(top, HEAD) * (key_step * scaling / LIMIT)
     head = gl.arange(0, C, HEAD)
@@ -126,12 +137,6 @@ def decode_kernel(
     bias = gl.zeros([C], gl.float32, HEAD)
     if BIAS:
         bias = gl.load(p_bias + row * all_columns + head, mask=head < COLUMNS, other=0.0)
-    k_tables = ()
-    for i in gl.static_range(plan("key", KEY, "tables")):
-        k_tables = k_tables + (key_table(k_table + 32 * i, T),)
-    v_tables = ()
-    for i in gl.static_range(plan("value", VALUE, "tables")):
-        v_tables = v_tables + (value_table(v_table + 32 * i, T),)
 
     m = gl.full([C], -1e30, gl.float32, HEAD)
     mass = gl.zeros([C], gl.float32, HEAD)

@@ -276,7 +276,10 @@ def split(
     if partial.numel() == 0:
         return
     per = 4 if dim <= 64 else 8
-    words, modes = max(16, triton.next_power_of_2(dim // per)), (mode(key), mode(value))
+    modes, key_bytes = (mode(key), mode(value)), _load_bytes(key, per)
+    # Triton spreads operands that come from loads of single bytes over at least 32 elements of the sum, and repeats
+    # them if there are fewer (seen with Triton 3.6 on sm_90: wrong scores).
+    words = max(32 if 1 in key_bytes else 16, triton.next_power_of_2(dim // per))
     tile = 8 if columns <= 8 and torch.version.hip is None else 16
     big = words * tile >= 512
     _split[batch * kv_heads, splits, triton.cdiv(columns, tile)](
@@ -285,7 +288,7 @@ def split(
         *key.scale.stride()[:2], *value.scale.stride()[:2], 0 if mask is None else mask.stride(0),
         0 if block_table is None else block_table.stride(0), tokens, kv_heads, columns, scaling, softcap or 0.0,
         DIM=dim, KEY_BITS=key.bits, VALUE_BITS=value.bits, KEY_MODE=modes[0], VALUE_MODE=modes[1],
-        KEY_BYTES=_load_bytes(key, per), VALUE_BYTES=_load_bytes(value, per),
+        KEY_BYTES=key_bytes, VALUE_BYTES=_load_bytes(value, per),
         KEY_LOG8=key.scale.dtype == torch.uint8, VALUE_LOG8=value.scale.dtype == torch.uint8,
         KEY_SCALE_ROW=key.scale.stride(2), VALUE_SCALE_ROW=value.scale.stride(2), SOFTCAP=bool(softcap),
         PAGE=0 if block_table is None else key.planes[0].shape[2], PER=per, WORDS=words, COLUMNS=tile,

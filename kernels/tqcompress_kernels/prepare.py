@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import launch_options, let_next_start, wait_for_previous
+
 
 @triton.jit
 def load_columns(
@@ -20,20 +22,23 @@ def load_columns(
     return tl.load(p_row[:, None] + i_d[None, :], mask=(i_c < columns)[:, None] & (i_d < DIM)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "columns", "queries", "query_b", "query_h", "query_q"])
+@triton.jit(do_not_specialize=["kv_heads", "columns", "queries"])
 def _prepare(
     p_query, p_back, p_mean, p_rotated, p_bias, query_b, query_h, query_q, back_h, mean_h,
     kv_heads, columns, queries, scaling, DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     i_head = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_head // kv_heads, i_head % kv_heads
     i_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     i_d, i_n = tl.arange(0, DIM_PAD), tl.program_id(2) * TILE + tl.arange(0, TILE)
-    query = load_columns(p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM, DIM_PAD)
-    query = query.to(tl.float32)
     m_back = (i_d < DIM)[:, None] & (i_n < DIM)[None, :]
     back = tl.load(p_back + i_h * back_h + i_n[None, :] * DIM + i_d[:, None], mask=m_back, other=0.0)
+    wait_for_previous(OVERLAP)
+    if EARLY:
+        let_next_start(OVERLAP)
+    query = load_columns(p_query, query_b, query_h, query_q, i_b, i_h, i_c, columns, queries, DIM, DIM_PAD)
+    query = query.to(tl.float32)
     rotated = tl.dot(query, back, input_precision=PRECISION)
     o_c = i_head * columns + i_c
     m_out = (i_c < columns)[:, None] & (i_n < DIM)[None, :]
@@ -44,10 +49,18 @@ def _prepare(
             mean = tl.load(p_mean + i_h * mean_h + i_d, mask=i_d < DIM, other=0.0)
             bias = tl.sum(query * mean[None, :], 1) * scaling
         tl.store(p_bias + o_c, bias, mask=i_c < columns)
+    if not EARLY:
+        let_next_start(OVERLAP)
 
 
 def prepare(
-    query: Tensor, key_back: Tensor, key_mean: Tensor | None, rotated: Tensor, bias: Tensor, scaling: float
+    query: Tensor,
+    key_back: Tensor,
+    key_mean: Tensor | None,
+    rotated: Tensor,
+    bias: Tensor,
+    scaling: float,
+    early: bool = True,
 ) -> None:
     """Write `rotated` and `bias`.
 
@@ -57,6 +70,7 @@ def prepare(
         key_mean: float32 `[kv_heads, head_dim]`.
         rotated: query @ key_back^T, float32 `[batch, kv_heads, share * queries, head_dim]`.
         bias: query . key_mean * scaling, float32 `[batch, kv_heads, share * queries]`.
+        early: let the next kernel start at once, not at the end.
     """
     batch, kv_heads, columns, dim = rotated.shape
     queries = query.shape[2]
@@ -65,13 +79,19 @@ def prepare(
     if key_mean is None and key_back.shape[0] == 1 and query.stride(0) == query.shape[1] * query.stride(1):
         batch, kv_heads, columns = 1, 1, batch * kv_heads * columns  # one rotation for all: as the columns of one head
     pad = max(16, triton.next_power_of_2(dim))
-    rows, tile = (4, 32) if batch * kv_heads * columns <= 512 else (16, min(pad, 64))
+    rows, tile, warps = _tiling(batch * kv_heads * columns, pad)
     _prepare[batch * kv_heads, triton.cdiv(columns, rows), triton.cdiv(dim, tile)](
         query, key_back, key_mean, rotated, bias, *query.stride()[:3],
         0 if key_back.shape[0] == 1 else key_back.stride(0), 0 if key_mean is None else key_mean.stride(0),
         kv_heads, columns, queries, scaling,
-        DIM=dim, DIM_PAD=pad, COLUMNS=rows, TILE=tile, PRECISION=precision(), num_warps=4,
+        DIM=dim, DIM_PAD=pad, COLUMNS=rows, TILE=tile, PRECISION=precision(), EARLY=early, num_warps=warps,
+        **launch_options(query.device),
     )  # fmt: skip
+
+
+def _tiling(total: int, pad: int) -> tuple[int, int, int]:
+    """Rows and coordinates a program, and its warps, for `total` rows."""
+    return (4, 32, 4) if total <= 512 else (64, 32, 4)
 
 
 def precision() -> str:

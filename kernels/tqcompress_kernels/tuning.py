@@ -6,7 +6,7 @@ import torch
 
 PROGRAMS = 8  # a multiprocessor: as many as its registers hold
 SPAN = 512  # tokens: shorter spans take longer to start than to run
-MIN_SPAN = 256  # where the device would idle otherwise
+MIN_SPAN = 128  # where the device would idle otherwise
 MAX_SPLITS = 512
 
 # Measured: (device name, batch * kv_heads, head_dim) -> programs in all, where it differs from the rule.
@@ -28,5 +28,16 @@ def splits(device: torch.device, heads: int, head_dim: int, tokens: int) -> int:
         return 0
     name, processors = _device(device)
     programs = MEASURED.get((name, heads, head_dim), PROGRAMS * processors)
-    span = SPAN if heads * tokens >= 2 * processors * SPAN else MIN_SPAN
+    span = SPAN
+    while span > MIN_SPAN and heads * tokens < 2 * processors * span:
+        span //= 2
     return max(1, min(programs // max(heads, 1), -(-tokens // span), MAX_SPLITS))
+
+
+def spread(device: torch.device, programs: int) -> bool:
+    """Whether this many programs lie evenly on the multiprocessors if they start while another kernel ends.
+
+    They are then put where there is room, up to `PROGRAMS` on one, instead of one after the other on each.
+    """
+    processors = _device(device)[1]
+    return programs <= processors or programs > (PROGRAMS - 1) * processors
