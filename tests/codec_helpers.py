@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tqcompress import Codec, HeadShape, RecipeError, TensorSpec
+from tqcompress.calibrate import Moments
 from tqcompress.plan import build_codec
 from tqcompress.registry import plugins
 
@@ -17,7 +18,23 @@ BATCH, HEADS, BLOCKS = 2, 2, 3
 
 @cache
 def build(name: str, bits: int, side: str, dim: int, options: tuple = ()) -> Codec:
-    return build_codec(TensorSpec(name, bits, dict(options)), HeadShape(HEADS, dim, side, torch.bfloat16))
+    codec = build_codec(TensorSpec(name, bits, dict(options)), HeadShape(HEADS, dim, side, torch.bfloat16))
+    if codec.needs_statistics:
+        codec.fit(moments(dim))
+    return codec
+
+
+def moments(dim: int) -> Moments:
+    """Means, and covariances of keys and queries whose axes differ threefold in size, in a basis of their own each."""
+    generator = torch.Generator().manual_seed(1)
+
+    def second() -> torch.Tensor:
+        basis = torch.linalg.qr(torch.randn(HEADS, dim, dim, generator=generator, dtype=torch.float64))[0]
+        sizes = torch.rand(HEADS, dim, generator=generator, dtype=torch.float64) * 2 + 1
+        return (basis * sizes[:, None]) @ basis.mT
+
+    mean = torch.randn(HEADS, dim, generator=generator, dtype=torch.float64)
+    return Moments(1000, mean, second(), second())
 
 
 # The vectors are random: the contract is about shapes, independence and arithmetic, which do not depend on where

@@ -25,7 +25,7 @@ def check(message: str, source: str, *parts: str) -> None:
 
 TOP = "version, name, quantizer, key, value, keep, rules, center, balance, outliers, budget, calibration, tiers"
 RULE = "layers, heads, skip, quantizer, key, value"
-TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, levels, scale"
+TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, center, balance"
 GOOD = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one is not the first
 
 # Changes to BASE, then what the message must contain: path, what was found, what is allowed.
@@ -146,11 +146,8 @@ def test_mistakes(changes, parts):
 
 
 UNFINISHED = {
-    "center": {"key": True},
-    "balance": "key",
     "outliers": {"channels": 32, "bits": 4},
     "budget": {"bits": 2.5},
-    "calibration": {"text": "a.txt"},
     "tiers": [{"after": 8192, "key": {"bits": 2}, "value": {"bits": 2}}],
 }
 

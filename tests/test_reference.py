@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 import tqcompress
 from tqcompress.api import compression_of
 from tqcompress.cache import CompressedLayer
+from tqcompress.calibrate import calibrate
 
 
 class NaiveLayer(DynamicLayer):
@@ -35,8 +36,8 @@ class NaiveLayer(DynamicLayer):
         span = slice(spec.sinks, spec.sinks + packed)
         for group in spec.groups:
             for codec, dense in ((group.key, keys), (group.value, values)):
-                for head in group.heads:
-                    dense[:, head, span] = codec.decode(codec.encode(dense[:, [head], span]))[:, 0]
+                heads = list(group.heads)
+                dense[:, heads, span] = codec.decode(codec.encode(dense[:, heads, span]))
         return keys, values
 
 
@@ -45,6 +46,7 @@ AFFINE = {
     "version": 1, "quantizer": "affine", "key": {"bits": 2}, "value": {"bits": 2, "group": 16},
     "keep": {"sinks": 3, "window": 5},
 }  # fmt: skip
+CALIBRATED = {"center": {"key": True, "value": True}, "balance": "key", "calibration": {"text": "x"}}
 RULES = [{"layers": 0, "skip": True}, {"layers": -1, "heads": 1, "key": {"bits": 2}}]
 RECIPES = {
     "turboquant": TURBO,
@@ -52,6 +54,10 @@ RECIPES = {
     "log8, no sinks": TURBO | {"value": {"bits": 3, "scale": "log8"}, "keep": {"sinks": 0, "window": 8}},
     "skips and groups": TURBO | {"rules": RULES},
     "affine": AFFINE,
+    "centred and balanced": TURBO | CALIBRATED,
+    "centred values, diagonal, groups": TURBO
+    | CALIBRATED
+    | {"center": {"value": True}, "balance": "diagonal", "rules": RULES},
     "affine and turboquant": AFFINE | {"rules": [{"layers": 1, "quantizer": "turboquant"}]},
 }
 
@@ -71,7 +77,8 @@ def test_logits_equal_the_naive_reference(name, recipe, monkeypatch):
     pieces = ids.split([36, *[1] * 8, 7, *[1] * 24], dim=1)  # a prefill, steps, a continuation, steps
     limit = TOLERANCE * rounding(plain, ids)
 
-    tqcompress.apply(model, RECIPES[recipe])
+    statistics = calibrate(model, prompt(400)[0]) if "calibration" in RECIPES[recipe] else None
+    tqcompress.apply(model, RECIPES[recipe], statistics=statistics)
     codecs = compression_of(model).layers
     recorded = {index: [] for index in codecs}
     update = CompressedLayer.update

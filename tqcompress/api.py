@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from . import artifacts
+from .calibrate import Calibrator, Statistics
 from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
 from .models import base_name
@@ -17,25 +18,43 @@ from .resolve import resolve
 from .shape import ModelShape
 
 
-def apply(model: nn.Module, recipe: "Recipe | str | Path | dict") -> Plan:
+def apply(
+    model: nn.Module,
+    recipe: "Recipe | str | Path | dict",
+    tokenizer: Any = None,
+    statistics: Statistics | None = None,
+) -> Plan:
     """Compress the KV cache of a transformers model from now on; returns what every head gets.
 
     `recipe` is a `Recipe`, a YAML file, the name of a shipped recipe, or plain data. A model that is
-    compressed already gets the new recipe instead. Raises `RecipeError` or `ModelError`; the model is then
-    unchanged.
+    compressed already gets the new recipe instead. A recipe that needs calibration runs the model over its text
+    first, with `tokenizer` (default: the one the model was published with), unless `statistics` are given. Raises
+    `RecipeError` or `ModelError`; the model is then unchanged.
     """
-    compression = plan_compression(model, recipe)
+    compression = plan_compression(model, recipe, Calibrator(model, tokenizer), statistics)
     attach(model, compression)
     return compression.plan
 
 
-def plan_compression(model: nn.Module, recipe: "Recipe | str | Path | dict") -> Compression:
-    """Resolve a recipe against a model and build its codecs, without touching the model."""
+def plan_compression(
+    model: nn.Module,
+    recipe: "Recipe | str | Path | dict",
+    calibrator: Calibrator | None = None,
+    statistics: Statistics | None = None,
+) -> Compression:
+    """Resolve a recipe against a model, build its codecs and fit them, without touching the model.
+
+    `calibrator` takes the statistics that the recipe asks for, unless they are given.
+    """
     loaded = Recipe.load(recipe)
     plan = resolve(loaded, ModelShape.of(model), str(recipe) if isinstance(recipe, (str, Path)) else None)
     for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
         plan = changed or plan
     compression = Compression(loaded, plan, _devices(model))
+    if compression.needs_statistics:
+        compression.fit(statistics or (calibrator or Calibrator(model)).statistics(loaded))
+    elif loaded.calibration is not None:
+        raise RecipeError(f"{loaded.name}: calibration: nothing here uses it; add center or balance, or remove it")
     compression.choose_backends()
     return compression
 
@@ -73,7 +92,7 @@ def save(
     check_savable(model, weights, base)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    artifacts.write(path, compression.recipe, compression.plan, compression.state())
+    artifacts.write(path, compression.recipe, compression.plan, compression.state(), compression.calibration)
     write_config(model, path, weights, base)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -93,6 +112,7 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
     except RecipeError as error:  # a quantizer that is not installed here
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
+    compression.calibration = artifact.calibration
     compression.choose_backends()
     attach(model, compression)
     return plan

@@ -35,6 +35,7 @@ class Artifact:
     fingerprint: dict[str, Any]
     model_name: str
     model_dtype: str
+    calibration: dict[str, Any] | None  # what the tensors were fitted on
     tensors: dict[str, Tensor]
 
     def model(self) -> ModelShape:
@@ -72,7 +73,9 @@ class Artifact:
             target.copy_(self.tensors[name])
 
 
-def write(directory: Path, recipe: Recipe, plan: Plan, state: dict[str, Tensor]) -> Path:
+def write(
+    directory: Path, recipe: Recipe, plan: Plan, state: dict[str, Tensor], calibration: dict[str, Any] | None = None
+) -> Path:
     """Write the artifact and `recipe.yaml`; each file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     metadata = {
@@ -82,12 +85,13 @@ def write(directory: Path, recipe: Recipe, plan: Plan, state: dict[str, Tensor])
         "recipe": recipe.model_dump_json(exclude_defaults=True),
         "plan": json.dumps(plan.to_dict(), sort_keys=True),
         "fingerprint": json.dumps(plan.model.fingerprint(), sort_keys=True),
+        "calibration": json.dumps(calibration, sort_keys=True),
         "model_name": plan.model.name,
         "model_dtype": str(plan.model.dtype).removeprefix("torch."),
     }
     metadata["sha256"] = _digest(tensors, metadata)
     replace_file(directory / "recipe.yaml", recipe.dump().encode())
-    return replace_file(directory / FILE_NAME, to_bytes(tensors, metadata))
+    return replace_file(directory / FILE_NAME, _in_order(to_bytes(tensors, metadata)))
 
 
 def read(path: Path) -> Artifact:
@@ -114,11 +118,21 @@ def read(path: Path) -> Artifact:
     try:
         recipe = Recipe.parse(json.loads(metadata["recipe"]), f"{path}: recipe")
         plan, fingerprint = json.loads(metadata["plan"]), json.loads(metadata["fingerprint"])
+        calibration = json.loads(metadata.get("calibration", "null"))
     except (KeyError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path}: the metadata is malformed: {error!r}") from None
     except TQCompressError as error:
         raise ArtifactError(str(error)) from None
-    return Artifact(path, recipe, plan, fingerprint, metadata["model_name"], metadata["model_dtype"], tensors)
+    name, dtype = metadata["model_name"], metadata["model_dtype"]
+    return Artifact(path, recipe, plan, fingerprint, name, dtype, calibration, tensors)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with the keys of its header sorted: the same artifact is the same file."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

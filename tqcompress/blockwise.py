@@ -39,12 +39,12 @@ def attend(
         exact = _OnlineSoftmax(query)
         _add_exact(exact, query, *view.sinks, scores_of, 0)
         _add_exact(exact, query, *view.recent, scores_of, sinks + view.packed)
-        rotated, coded = key.rotate(query), _OnlineSoftmax(query)
+        rotated, coded = _by_head(key.rotate, query), _OnlineSoftmax(query)
         for start, stop in _blocks(view.packed, query, *multiples):
             block = key.decode_rotated(view.key.read(start, stop))
             scores = scores_of(rotated, block, sinks + start)
             coded.add(scores, value.decode_rotated(view.value.read(start, stop)))
-        coded.total = value.unrotate(coded.total)
+        coded.total = _by_head(value.unrotate, coded.total)
         return exact.merged(coded)
 
     tokens = sinks + view.packed + view.recent[0].shape[2]
@@ -82,6 +82,11 @@ def _in_parts(
         outputs.append(part(some, _Scores(rows, scaling, softcap, first + start)))
     output, lse = (torch.cat(parts, dim=3) for parts in zip(*outputs, strict=True))
     return output.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _by_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A codec's function, which takes `[batch, kv_heads, n, head_dim]`, of `[batch, kv_heads, share, queries, ...]`."""
+    return function(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
 
 
 def _add_exact(

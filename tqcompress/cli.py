@@ -12,13 +12,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
 from . import api, report
 from .artifacts import FILE_NAME, read
+from .calibrate import Calibrator, Statistics
 from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
@@ -38,6 +39,9 @@ TextOpt = Annotated[str, typer.Option(help=f"UTF-8 file to measure on, or a ship
 WindowOpt = Annotated[
     int | None,
     typer.Option(min=2, help="measure in independent windows of this many tokens; default: 2048, or the context"),
+]
+StatisticsOpt = Annotated[
+    Path | None, typer.Option(help="statistics from `tqcompress calibrate`, in place of the recipe's calibration")
 ]
 TokensOpt = Annotated[int, typer.Option(min=2, help="measure on the first tokens of the text only")]
 JsonOpt = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
@@ -75,18 +79,21 @@ def apply(
     json_file: JsonOpt = None,
     device: DeviceOpt = None,
     dtype: DtypeOpt = None,
+    statistics: StatisticsOpt = None,
 ) -> None:
     """Compress a model's cache: generate with it, measure what it costs and loses, save it."""
     started = time.perf_counter()
-    Recipe.load(recipe)  # a bad recipe must not wait for the model
+    _check_text([recipe], text)  # a bad recipe must not wait for the model
     content = load_text(text)
+    given = Statistics.load(statistics) if statistics else None
     with _progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
         inputs = _prompt(tokenizer, prompt).to(loaded.device)
-        compression = api.plan_compression(loaded, recipe)
+        calibrator = _calibrator(loaded, tokenizer, bar, step)
+        compression = api.plan_compression(loaded, recipe, calibrator, given)
 
-        bar.update(step, description="generating, uncompressed")
+        bar.update(step, description="generating, uncompressed", total=None)
         before = _generate(loaded, tokenizer, inputs, max_new_tokens)
         ids = _token_ids(tokenizer, content, max_tokens)
         window = window_tokens or _default_window(loaded)
@@ -143,15 +150,17 @@ def evaluate_command(
     json_file: JsonOpt = None,
     device: DeviceOpt = None,
     dtype: DtypeOpt = None,
+    statistics: StatisticsOpt = None,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
-    for recipe in recipes:
-        Recipe.load(recipe)
+    _check_text(recipes, text)
     content = load_text(text)
+    given = Statistics.load(statistics) if statistics else None
     with _progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
-        compressions = {_label(recipe): api.plan_compression(loaded, recipe) for recipe in recipes}
+        calibrator = _calibrator(loaded, tokenizer, bar, step)
+        compressions = {_label(r): api.plan_compression(loaded, r, calibrator, given) for r in recipes}
         if len(compressions) < len(recipes):
             raise TQCompressError(f"two of the recipes have the same name: {', '.join(map(_label, recipes))}")
         ids = _token_ids(tokenizer, content, max_tokens)
@@ -161,6 +170,31 @@ def evaluate_command(
         results = evaluate(loaded, ids, compressions, window, lambda: bar.advance(step))
     console.print(report.quality_table(results, text))
     _write_json(json_file, [result.to_dict() for result in results])
+
+
+@app.command(name="calibrate")
+def calibrate_command(
+    model: ModelOpt,
+    out: Annotated[Path, typer.Option(help="write the statistics here, for `apply --statistics`")],
+    text: TextOpt = "wikitext-validation",
+    tokens: TokensOpt = 65536,
+    length: Annotated[int, typer.Option(min=2, help="tokens of a window; each is read on its own")] = 2048,
+    seed: Annotated[int, typer.Option(help="of the choice of windows")] = 0,
+    sinks: Annotated[int, typer.Option(min=0, help="tokens at the start of each window to leave out")] = 4,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+) -> None:
+    """Take the statistics of a model's queries, keys and values that centring and balancing need."""
+    settings = {"text": text, "tokens": tokens, "length": length, "seed": seed}
+    recipe = Recipe.parse({"version": 1, "key": {}, "value": {}, "keep": {"sinks": sinks}, "calibration": settings})
+    load_text(text)  # a missing text must not wait for the model
+    with _progress() as bar:
+        step = bar.add_task(f"loading {model}", total=None)
+        loaded, tokenizer = load_model(model, device, dtype)
+        taken = _calibrator(loaded, tokenizer, bar, step).statistics(recipe)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    taken.save(out)
+    console.print(f"{out}: {len(taken.layers)} layers, {taken.source['tokens']} tokens of {text}")
 
 
 @app.command()
@@ -221,6 +255,29 @@ def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     errors = Console(stderr=True)  # results alone go to standard output
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+
+
+def _calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calibrator:
+    """One that shows its progress as the task `step`."""
+
+    def show(done: int, total: int) -> None:
+        bar.update(step, description="calibrating", completed=done, total=total)
+
+    return Calibrator(model, tokenizer, show)
+
+
+def _check_text(recipes: list[str], text: str) -> None:
+    """Refuse bad recipes, and those that would be measured on the text they are calibrated on."""
+    measured = load_text(text).strip()
+    for recipe in recipes:
+        settings = Recipe.load(recipe).calibration
+        if settings is None:
+            continue
+        seen = load_text(settings.text).strip()
+        if measured in seen or seen in measured:
+            raise TQCompressError(
+                f"{recipe}: calibration.text: {settings.text} is what {text} would measure it on; use another text"
+            )
 
 
 def _default_window(model: Any) -> int:

@@ -6,13 +6,16 @@ registered with `register_state`, so it follows `.to(device)`, is saved and is c
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from .calibrate import Moments
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,6 @@ class ScalarLevels:
         step: if not None, `levels / step` are integers in [-127, 127], or at 8 bits -127.5, -126.5 ... 127.5.
         into, back: float32 `[1 or kv_heads, dim, dim]`, inverse to each other.
         mean: float32 `[kv_heads, dim]`, or None for zeros.
-        hadamard_signs: int8 `[dim]` if `into` is `diag(signs) @ rotation.hadamard(dim)` and `back` its transpose.
     """
 
     levels: Tensor
@@ -93,7 +95,6 @@ class ScalarLevels:
     into: Tensor
     back: Tensor
     mean: Tensor | None = None
-    hadamard_signs: Tensor | None = None
     norm_correction: bool = True
 
 
@@ -156,8 +157,13 @@ class Codec(nn.Module):
         floating = [rows.isfinite().all() for rows in packed.values() if rows.is_floating_point()]
         return torch.stack(floating).all() if floating else torch.tensor(True)
 
-    def fit(self, stats) -> None:
-        """Set state from calibration statistics; data-free codecs have nothing to do."""
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether `fit` must be called before the codec is used."""
+        return False
+
+    def fit(self, moments: "Moments") -> None:
+        """Set state from calibration statistics of the codec's side and heads; data-free codecs have nothing to do."""
 
     def levels(self) -> ScalarLevels | None:
         """The scalar form that fused kernels read and write, or None if the codec has none; asked at apply."""
@@ -167,7 +173,7 @@ class Codec(nn.Module):
     # the output a step, instead of one a stored token. Override all three together.
 
     def rotate(self, query: Tensor) -> Tensor:
-        """The query `[..., head_dim]` in the stored basis: its dot products with keys are unchanged."""
+        """The query `[batch, kv_heads, n, head_dim]` in the stored basis: its dot products with keys are unchanged."""
         return query
 
     def unrotate(self, output: Tensor) -> Tensor:

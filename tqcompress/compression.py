@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 
 from . import attention, blockwise
 from .cache import CompressedLayer
+from .calibrate import Statistics
 from .errors import ModelError
 from .plan import SIDES, Group, Plan, build_codec
 from .recipe import Recipe
@@ -35,8 +36,32 @@ class Compression(nn.Module):
             for j, group in enumerate(plan.layer_groups(index)):
                 sides = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES}
                 self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(devices.get(index, "cpu"))
+        self.calibration: dict[str, str | int] | None = None  # what the codecs were fitted on
         self.arguments: list[str] = []  # of the decoder's forward, in order
         self.hook = self.previous_attention = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a codec must be fitted before it is used."""
+        return any(codec.needs_statistics for pair in self.codecs.values() for codec in pair.values())
+
+    def fit(self, statistics: Statistics) -> None:
+        """Fit all codecs. Raises `ModelError` if a layer is missing in the statistics, or has another shape."""
+        for index in sorted({group.layer for group in self.plan.groups}):
+            shape = self.plan.model.layers[index]
+            for j, group in enumerate(self.plan.layer_groups(index)):
+                for side, codec in self.codecs[f"{index}-{j}"].items():
+                    if not codec.needs_statistics:
+                        continue
+                    moments = statistics.layers.get(index, {}).get(side)
+                    if moments is None or moments.mean.shape != (shape.num_kv_heads, shape.head_dim):
+                        found = "none" if moments is None else "x".join(map(str, moments.mean.shape))
+                        raise ModelError(
+                            f"layer {index}: the statistics have {found} for {side}s; the model has "
+                            f"{shape.num_kv_heads}x{shape.head_dim}; calibrate on this model"
+                        )
+                    codec.fit(moments.of(group.heads))
+        self.calibration = statistics.source
 
     def choose_backends(self, device: torch.device | None = None) -> None:
         """Ask the plugins what reads each group, on the layer's device or on another one.

@@ -110,7 +110,7 @@ class Rule(_Model):
 
 
 class Center(_Model):
-    """Subtract the calibrated mean."""
+    """Subtract the calibrated mean, where the quantizer can."""
 
     key: bool = False
     value: bool = False
@@ -133,9 +133,9 @@ class Budget(_Model):
 
 
 class Calibration(_Model):
-    """The text that statistics are taken from."""
+    """The text that statistics are taken from: a file, a shipped text, or `datasets:NAME`."""
 
-    text: str
+    text: Name
     tokens: PositiveInt = 65536
     length: PositiveInt = 2048
     seed: int = 0
@@ -166,7 +166,7 @@ class Recipe(_Model):
     calibration: Calibration | None = None
     tiers: list[Tier] = []
 
-    @field_validator("center", "balance", "outliers", "budget", "calibration", "tiers")
+    @field_validator("outliers", "budget", "tiers")
     @classmethod
     def _only_what_is_implemented(cls, value: Any, info: ValidationInfo) -> Any:
         if value != cls.model_fields[info.field_name].default:

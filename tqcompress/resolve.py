@@ -36,6 +36,11 @@ class _Setting:
         given = side.options | ({} if side.bits is None else {"bits": side.bits})
         return replace(setting, keys=setting.keys | {k: (v, f"{path}.{k}") for k, v in given.items()})
 
+    def with_common(self, common: dict[str, tuple[Any, str]]) -> "_Setting":
+        """This setting with keys of the recipe's top level that it does not set and its quantizer understands."""
+        keys = _keys_of(self.quantizer[0])
+        return replace(self, keys={k: v for k, v in common.items() if k in keys} | self.keys)
+
     def spec(self, shape: HeadShape, source: str) -> TensorSpec:
         """The checked spec. Raises `RecipeError` naming the path of the offending key."""
         values = {key: value for key, (value, _) in self.keys.items()}
@@ -72,6 +77,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
         side: _Setting((recipe.quantizer, "quantizer")).overridden(None, getattr(recipe, side), "", side)
         for side in SIDES
     }
+    common = {side: _common(recipe, side, base[side], source) for side in SIDES}
     rules = [_expand(rule, f"rules[{i}]", model, source) for i, rule in enumerate(recipe.rules)]
     groups, exact = [], {}
     for index, layer in enumerate(model.layers):
@@ -89,6 +95,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
                     side: settings[side].overridden(rule.quantizer, getattr(rule, side), path, side)
                     for side in settings
                 }
+            settings = {side: settings[side].with_common(common[side]) for side in SIDES}
             pairs[skipped or _specs(settings, model, index, source)].append(head)
         skips = [pair for pair in pairs if isinstance(pair, str)]
         if len(skips) == len(pairs):
@@ -100,6 +107,24 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
             merged[(raw, raw) if isinstance(pair, str) else pair] += heads
         groups += [Group(index, tuple(sorted(heads)), *pair) for pair, heads in merged.items()]
     return Plan(model, tuple(groups), recipe.keep.sinks, recipe.keep.window, exact)
+
+
+def _common(recipe: Recipe, side: str, base: _Setting, source: str) -> dict[str, tuple[Any, str]]:
+    """What `center` and `balance` mean for one side, as keys of its quantizer."""
+    wanted = {"center": (True, f"center.{side}")} if getattr(recipe.center, side) else {}
+    if recipe.balance != "none" and side == "key":
+        wanted["balance"] = (recipe.balance, "balance")
+    name = base.quantizer[0]
+    for key, (_, path) in wanted.items():
+        if name in plugins().registry.names() and key not in _keys_of(name):
+            raise RecipeError(f"{source}: {path}: quantizer {name} of {side}s cannot do that; remove it")
+    return wanted
+
+
+def _keys_of(quantizer: str) -> list[str]:
+    """The recipe keys that a quantizer understands; none if it is not installed, which `spec` refuses."""
+    registry = plugins().registry
+    return list(registry.codec(quantizer).Options.model_fields) if quantizer in registry.names() else []
 
 
 def _specs(settings: dict[str, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,236 @@
+"""Statistics of queries, keys and values on a text: one pass, in memory that does not depend on its length."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
+from .recipe import Recipe
+from .texts import load_text
+
+FORMAT = "tqcompress statistics"
+NAME = "tqcompress_calibrate"  # the attention function that watches
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of one side (keys or values) of some KV heads, float64 on the CPU.
+
+    Keys are taken as they are cached, after rotary embedding. `query` is the sum, over the query heads that share a KV
+    head, of E[q q^T]; for values it is None.
+
+    mean `[kv_heads, dim]`, covariance `[kv_heads, dim, dim]`, query `[kv_heads, dim, dim]`.
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+    query: Tensor | None = None
+
+    def of(self, heads: tuple[int, ...]) -> "Moments":
+        """Those of some of the heads."""
+        index = list(heads)
+        query = None if self.query is None else self.query[index]
+        return Moments(self.count, self.mean[index], self.covariance[index], query)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of every layer, and what they were taken from."""
+
+    layers: dict[int, dict[str, Moments]]
+    source: dict[str, str | int] = field(default_factory=dict)  # text, tokens, length, seed, sha256 of the token ids
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        tensors = {
+            f"layers.{index}.{side}.{name}": getattr(moments, name).contiguous()
+            for index, sides in self.layers.items()
+            for side, moments in sides.items()
+            for name in ("mean", "covariance", "query")
+            if getattr(moments, name) is not None
+        }
+        count = str(next(iter(self.layers.values()))["key"].count)
+        save_file(tensors, path, {"format": FORMAT, "count": count, "source": json.dumps(self.source, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read what `save` wrote. Raises `ArtifactError`."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path}: not a file of statistics: {error}") from None
+        if metadata.get("format") != FORMAT:
+            raise ArtifactError(f"{path}: not a file of statistics; `tqcompress calibrate --out FILE` writes one")
+        layers: dict[int, dict[str, Moments]] = {}
+        found: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            _, index, side, moment = name.split(".")
+            found.setdefault((int(index), side), {})[moment] = tensor
+        for (index, side), moments in found.items():
+            layers.setdefault(index, {})[side] = Moments(int(metadata["count"]), **moments)
+        return cls(layers, json.loads(metadata["source"]))
+
+
+class Calibrator:
+    """Takes the statistics that recipes ask for, each once for a model."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, progress: Callable[[int, int], None] | None = None):
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress or (lambda done, total: None)
+        self._taken: dict[tuple[Any, int], Statistics] = {}
+
+    def statistics(self, recipe: Recipe) -> Statistics:
+        """Those of the recipe's `calibration`. Raises `RecipeError` if it has none."""
+        settings, skip = recipe.calibration, recipe.keep.sinks
+        if settings is None:
+            raise RecipeError(
+                f"{recipe.name}: calibration: missing; center and balance need statistics of the model on a text, "
+                "for example calibration: {text: wikitext-validation}"
+            )
+        if (settings, skip) not in self._taken:
+            ids = torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
+            taken = calibrate(self.model, ids, settings.tokens, settings.length, settings.seed, skip, self.progress)
+            name = Path(settings.text).name  # a machine's paths mean nothing elsewhere
+            self._taken[settings, skip] = replace(taken, source={"text": name} | taken.source)
+        return self._taken[settings, skip]
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            from transformers import AutoTokenizer
+
+            name = self.model.config._name_or_path
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ModelError(
+                    f"{name or 'the model'}: no tokenizer to calibrate with; give tokenizer= ({reason})"
+                ) from None
+        return self.tokenizer
+
+
+class _Sums:
+    """Running sums of one side of one layer: of x and x x^T, in float64 on the layer's device."""
+
+    def __init__(self) -> None:
+        self.count, self.first, self.second = 0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Take in `[batch, heads, tokens, dim]`."""
+        x = x.transpose(0, 1).flatten(1, 2)
+        self.count += x.shape[1]
+        x = x.double()
+        self.first = self.first + x.sum(1)
+        self.second = self.second + x.mT @ x
+
+    def moments(self, query: Tensor | None = None) -> Moments:
+        """What the sums amount to."""
+        mean = self.first / self.count
+        covariance = self.second / self.count - mean[:, :, None] * mean[:, None, :]
+        return Moments(self.count, mean.cpu(), covariance.cpu(), query)
+
+
+class _Watcher:
+    """The attention function that adds up what it is given, and attends as the model does otherwise."""
+
+    def __init__(self, skip: int):
+        self.skip = skip
+        self.sums: dict[int, tuple[_Sums, _Sums, _Sums]] = {}
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+        from .attention import attention_forward
+
+        sums = self.sums.setdefault(module.layer_idx, (_Sums(), _Sums(), _Sums()))
+        for total, x, name in zip(sums, (query, key, value), ("queries", "keys", "values"), strict=True):
+            if not bool(x.isfinite().all()):
+                raise TQCompressError(f"calibration: layer {module.layer_idx}: {name} are not finite")
+            total.add(x[:, :, self.skip :].detach())
+        return attention_forward(module, query, key, value, *args, **kwargs)
+
+    def statistics(self, source: dict[str, str | int]) -> Statistics:
+        """The moments of every layer that was seen."""
+        layers = {}
+        for index, (query, key, value) in self.sums.items():
+            kv_heads = key.first.shape[0]
+            met = (query.second / query.count).unflatten(0, (kv_heads, -1)).sum(1).cpu()
+            layers[index] = {"key": key.moments(met), "value": value.moments()}
+        return Statistics(layers, source)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    ids: Tensor,
+    tokens: int = 65536,
+    length: int = 2048,
+    seed: int = 0,
+    skip: int = 4,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Statistics:
+    """Run `model` over windows of the token ids `[n]` of a text, and add up what its attention sees.
+
+    Args:
+        tokens: how many to use at most; windows are drawn without replacement by `seed` if the text has more.
+        length: of a window; each is read on its own.
+        skip: tokens at the start of each window that are left out: sinks, which stay exact and are unlike the rest.
+        progress: called with the windows done and their number.
+
+    Raises `TQCompressError` if the text is shorter than two tokens beyond `skip`, or numbers are not finite.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(length, limit or length, tokens)
+    windows = list(ids.split(length))
+    if len(windows) > 1 and len(windows[-1]) < length:
+        windows.pop()
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    windows = [windows[i] for i in sorted(order[: max(1, tokens // length)].tolist())]
+    used = torch.cat(windows)
+    if len(windows[0]) < skip + 2:
+        raise TQCompressError(f"calibration: the text has {len(ids)} tokens; at least {skip + 2} are needed")
+    watcher = _Watcher(skip)
+    with _watched(model, watcher):
+        for done, window in enumerate(windows):
+            progress(done, len(windows))
+            model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
+        progress(len(windows), len(windows))
+    digest = hashlib.sha256(used.to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
+    return watcher.statistics({"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest})
+
+
+class _watched:
+    """The model in evaluation mode with the watcher as its attention."""
+
+    def __init__(self, model: nn.Module, watcher: _Watcher):
+        self.model, self.watcher = model, watcher
+
+    def __enter__(self) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(NAME, self.watcher)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        self.previous = self.model.config._attn_implementation, self.model.training
+        self.model.eval()
+        self.model.set_attn_implementation(NAME)
+
+    def __exit__(self, *error) -> None:
+        from transformers import AttentionInterface
+
+        attention, training = self.previous
+        self.model.set_attn_implementation(attention)
+        self.model.train(training)
+        AttentionInterface.register(NAME, _refuse)  # no reference to the statistics is kept
+
+
+def _refuse(*args, **kwargs):
+    raise TQCompressError("calibration is over; choose another attention implementation")

@@ -1,0 +1,183 @@
+"""`TransformedCodec`: what quantizers of whole vectors share. Centre, turn, scale to unit variance; a scale a vector.
+
+A vector `x` becomes `y = (x - mean) @ into`, is quantized as `y * sqrt(head_dim) / |y|`, and its scale is stored
+beside the codes: by default such that the decoded vector keeps the norm of `y`. Subclasses quantize unit vectors.
+
+Balanced keys. An isotropic quantizer adds noise of variance `D |y|^2 / d` to every coordinate of `y = T k`; the
+score `q . k = (T^-T q) . (T k)` gets noise of variance `D tr(T S T^T) tr(T^-T W T^-1) / d`, where S is the covariance
+of keys and W the second moment of the queries that meet them. With `S = L L^T` and `L^T W L = U diag(l^2) U^T`,
+
+    T = diag(l^(1/2)) U^T L^-1    gives    T S T^T = T^-T W T^-1 = diag(l):
+
+the noise is then `D tr(diag(l))^2 / d`, by the inequality of Cauchy and Schwarz the least of all invertible T. Any
+rotation behind T leaves that as it is and evens out the coordinates, so it is the rotation of the recipe that follows.
+`diagonal` is the best diagonal T: `T_ii = (W_ii / S_ii)^(1/4)`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .calibrate import Moments
+from .codec import Codec, Field, HeadShape, Options, TensorSpec
+from .errors import RecipeError
+from .rotation import Rotation
+
+# The 8-bit scale is 2^((code - LOG_ZERO) / 16): code 0 is zero, 1 to 254 span 2^-7.9 to 2^7.9, 255 means too
+# large. The scale is the root mean square of a vector's coordinates, so that covers ordinary keys and values.
+LOG_STEPS, LOG_ZERO, LOG_OVERFLOW = 16, 128, 255
+
+TINY = 1e-30  # a divisor for vectors of zeros, far below any scale
+RIDGE = 0.01  # of the mean variance of a coordinate, added to each: directions that calibration never saw
+
+
+class TransformedOptions(Options):
+    """Recipe keys of every quantizer of this kind."""
+
+    rotation: Literal["hadamard", "dense", "identity"] = "hadamard"
+    seed: int = 0
+    center: bool = False
+    balance: Literal["none", "diagonal", "key"] = "none"
+    scale: Literal["fp16", "log8"] = "fp16"
+    norm_correction: bool = True
+
+
+class TransformedCodec(Codec):
+    """Subclasses store one `Field` named `scale` and implement `quantize` and `dequantize`."""
+
+    Options = TransformedOptions
+
+    def __init__(self, spec: TensorSpec, shape: HeadShape):
+        super().__init__(spec, shape)
+        options, dim = self.options, shape.head_dim
+        if options.balance != "none" and shape.side == "value":
+            raise RecipeError(f"balance: found {options.balance!r}; only keys can be balanced")
+        turn = Rotation.state(options.rotation, dim, options.seed)
+        if options.balance != "none":
+            turn = dict.fromkeys(("into", "back"), Rotation.matrix(turn, dim).expand(shape.num_kv_heads, dim, dim))
+            turn["back"] = turn["back"].mT
+        if options.center:
+            turn["mean"] = torch.zeros(shape.num_kv_heads, dim)
+        for name, tensor in turn.items():
+            self.register_state(name, tensor.contiguous())
+
+    # What subclasses implement.
+
+    def quantize(self, unit: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The packed codes of vectors of variance 1 a coordinate, and what they decode to."""
+        raise NotImplementedError
+
+    def dequantize(self, packed: dict[str, Tensor]) -> Tensor:
+        """What `quantize` said the codes decode to."""
+        raise NotImplementedError
+
+    # The codec.
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Centring and balancing come from calibration."""
+        return self.options.center or self.options.balance != "none"
+
+    def scale_field(self) -> dict[str, Field]:
+        """The field of the scale, for `layout`."""
+        return {"scale": Field(torch.float16 if self.options.scale == "fp16" else torch.uint8, 1)}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Centre, turn, scale to unit variance a coordinate, quantize, correct the norm."""
+        x = x.float()
+        y = self._turn(x - self.mean[:, None] if self.options.center else x)
+        norm, root = y.norm(dim=-1, keepdim=True), self.shape.head_dim**0.5
+        packed, decoded = self.quantize(y * (root / norm.clamp_min(TINY)))
+        length = decoded.norm(dim=-1, keepdim=True) if self.options.norm_correction else root
+        return packed | {"scale": self._encode_scale(norm / length)}
+
+    def decode_rotated(self, packed: dict[str, Tensor]) -> Tensor:
+        """The decoded vectors in the stored basis, with the mean."""
+        y = self.dequantize(packed) * self._decode_scale(packed["scale"])
+        return y + self._turn(self.mean[:, None]) if self.options.center else y
+
+    def decode(self, packed: dict[str, Tensor]) -> Tensor:
+        """The decoded vectors, float32."""
+        return self.unrotate(self.decode_rotated(packed))
+
+    def rotate(self, query: Tensor) -> Tensor:
+        """The query in the stored basis: by the inverse transpose of what turns keys."""
+        balanced = self.options.balance != "none"
+        return query @ self.back.mT if balanced else Rotation.forward(query, self.state())
+
+    def unrotate(self, output: Tensor) -> Tensor:
+        """Back to the original basis."""
+        return output @ self.back if self.options.balance != "none" else Rotation.inverse(output, self.state())
+
+    def fits(self, packed: dict[str, Tensor]) -> Tensor:
+        """False if a scale is beyond its format."""
+        log_scale = self.options.scale == "log8"
+        return (packed["scale"] != LOG_OVERFLOW).all() if log_scale else super().fits(packed)
+
+    def fit(self, moments: Moments) -> None:
+        """Set the mean and the balancing matrices."""
+        if self.options.center:
+            self.mean.copy_(moments.mean)
+        if self.options.balance != "none":
+            spread = moments.covariance
+            if not self.options.center:
+                spread = spread + moments.mean[:, :, None] * moments.mean[:, None, :]
+            matrix = balancing(spread, moments.query, self.options.balance)
+            rotation = Rotation.matrix(
+                Rotation.state(self.options.rotation, self.shape.head_dim, self.options.seed), self.shape.head_dim
+            )
+            into = matrix.mT @ rotation.to(matrix)
+            self.into.copy_(into)
+            self.back.copy_(torch.linalg.inv(self.into.to(matrix)))  # of the matrix as it is stored
+
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """float32 `[1 or kv_heads, head_dim, head_dim]`: the maps into the stored basis and back."""
+        if self.options.balance != "none":
+            return self.into, self.back
+        dim, device = self.shape.head_dim, next(self.buffers()).device
+        into = Rotation.matrix(self.state(), dim, device)[None].contiguous()
+        return into, into.mT.contiguous()
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return x @ self.into if self.options.balance != "none" else Rotation.forward(x, self.state())
+
+    def _encode_scale(self, scale: Tensor) -> Tensor:
+        if self.options.scale == "fp16":
+            return scale.to(torch.float16)
+        code = (scale.log2() * LOG_STEPS).round() + LOG_ZERO  # log2(0) = -inf becomes code 0
+        return code.nan_to_num(LOG_OVERFLOW).clamp(0, LOG_OVERFLOW).to(torch.uint8)
+
+    def _decode_scale(self, stored: Tensor) -> Tensor:
+        if self.options.scale == "fp16":
+            return stored.float()
+        exponent = (stored.float() - LOG_ZERO) / LOG_STEPS
+        return torch.where(stored == 0, 0.0, exponent.exp2())
+
+
+def balancing(spread: Tensor, query: Tensor, kind: str) -> Tensor:
+    """The matrices T of the module's text, `[kv_heads, dim, dim]` float64, scaled to keep the mean square of keys.
+
+    Args:
+        spread: second moments of keys about the centre, float64 `[kv_heads, dim, dim]`.
+        query: second moments of the queries that meet them, about zero, the same shape.
+        kind: "key" or "diagonal".
+    """
+    dim = spread.shape[-1]
+    eye = torch.eye(dim, dtype=spread.dtype, device=spread.device)
+
+    def power(x: Tensor) -> Tensor:
+        return x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+
+    # Heads that saw nothing, or only zeros, keep the basis they have.
+    spread, query = (torch.where(power(x) > 0, x + RIDGE * power(x) * eye, eye) for x in (spread, query))
+    if kind == "diagonal":
+        ratio = query.diagonal(dim1=-2, dim2=-1) / spread.diagonal(dim1=-2, dim2=-1)
+        matrix = torch.diag_embed(ratio**0.25)
+    else:
+        lower = torch.linalg.cholesky(spread)
+        squares, vectors = torch.linalg.eigh(lower.mT @ query @ lower)
+        matrix = (
+            squares.clamp_min(0)[..., None] ** 0.25 * torch.linalg.solve_triangular(lower.mT, vectors, upper=True).mT
+        )
+    return matrix * (power(spread) / power(matrix @ spread @ matrix.mT)).sqrt()
