@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from codec_helpers import moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,9 @@ def make_view(key_spec, value_spec, batch, heads, dim, sinks, packed, recent, ge
     codecs = [
         build_codec(spec, HeadShape(heads, dim, side)) for spec, side in ((key_spec, "key"), (value_spec, "value"))
     ]
+    for codec in codecs:
+        if codec.needs_statistics:
+            codec.fit(moments(dim))
     packed = packed // 4 * 4 if "affine" in (key_spec.quantizer, value_spec.quantizer) else packed
     exact, stores, dense = [], [], []
     for codec in codecs:

@@ -1,11 +1,13 @@
 """The command line: what it prints, and that every mistake is one line and exit status 2."""
 
 import pytest
+import torch
 from rich.console import Console
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import tqcompress
+from tqcompress.calibrate import calibrate
 from tqcompress.cli import main
 
 
@@ -34,6 +36,9 @@ def llama(tmp_path):
         (["apply", "balanced", "--model", "llama", "--max-tokens", "many"], "--max-tokens"),
         (["apply", "balanced", "--model", "llama", "--text", "nope"], "nope: no such text file"),
         (["eval", "balanced", "nope", "--model", "llama"], "nope: no such file"),
+        (["eval", "balanced", "--model", "llama", "--text", "wikitext-validation"], "balanced: calibration.text: "),
+        (["apply", "balanced", "--model", "llama", "--statistics", "nope"], "nope: not a file of statistics"),
+        (["calibrate", "--model", "llama", "--out", "x", "--text", "nope"], "nope: no such text file"),
         (["eval", "--model", "llama"], "recipes"),
         (["inspect", "balanced"], "give --model"),
         (["inspect", "/nope"], "/nope"),
@@ -82,7 +87,8 @@ def test_inspect_shows_a_recipe_against_a_model(capsys, tmp_path, llama, monkeyp
 
 def test_inspect_shows_a_saved_directory_like_its_recipe(capsys, tmp_path, llama):
     model = AutoModelForCausalLM.from_pretrained(llama)
-    tqcompress.apply(model, "balanced")
+    statistics = calibrate(model, torch.arange(100) % model.config.vocab_size)
+    tqcompress.apply(model, "balanced", statistics=statistics)
     tqcompress.save(model, tmp_path / "out")
     saved = run(capsys, "inspect", tmp_path / "out")
     assert saved[0] == 0

@@ -5,6 +5,7 @@ Kernels are interpreted on the CPU (the plain ones) or compiled on CUDA (those t
 
 import pytest
 import torch
+from codec_helpers import moments
 from kernels_helpers import DEVICE
 from test_blockwise import make_view
 from tqcompress.plugins import fused
@@ -85,6 +86,8 @@ def moved(view):
         (turboquant(4), turboquant(3), 2, 1, False, None),
         (turboquant(3, rotation="dense"), turboquant(2, scale="log8"), 1, 3, False, None),
         (turboquant(2), turboquant(4), 2, 1, True, 20.0),
+        (turboquant(4, center=True, balance="key"), turboquant(3, center=True), 2, 1, False, None),
+        (turboquant(3, balance="diagonal"), turboquant(2), 1, 3, True, 20.0),
         (turboquant(4), turboquant(4), 2, 2, True, None),  # masks of several queries go to torch
         (turboquant(4), turboquant(4), 1, 40, False, None),  # and float32 chunks
     ],
@@ -106,10 +109,14 @@ def test_it_attends_as_torch_does(key, value, share, queries, padded, softcap):
     assert (got_lse - want_lse).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_it_appends_what_the_codec_encodes(bits):
+@pytest.mark.parametrize(
+    "spec", [turboquant(3), turboquant(4), turboquant(3, center=True), turboquant(4, center=True, balance="key")]
+)
+def test_it_appends_what_the_codec_encodes(spec):
     """Into the room behind the last row; what is there already stays."""
-    codec = build_codec(turboquant(bits), HeadShape(2, 64, "key"))
+    codec = build_codec(spec, HeadShape(2, 64, "key"))
+    if codec.needs_statistics:
+        codec.fit(moments(64))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 2, 90, 64, generator=generator)
     want = codec.encode(x)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -207,29 +208,23 @@ def calibrate(
     return watcher.statistics({"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest})
 
 
-class _watched:
+@contextmanager
+def _watched(model: nn.Module, watcher: _Watcher):
     """The model in evaluation mode with the watcher as its attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
-    def __init__(self, model: nn.Module, watcher: _Watcher):
-        self.model, self.watcher = model, watcher
-
-    def __enter__(self) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register(NAME, self.watcher)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        self.previous = self.model.config._attn_implementation, self.model.training
-        self.model.eval()
-        self.model.set_attn_implementation(NAME)
-
-    def __exit__(self, *error) -> None:
-        from transformers import AttentionInterface
-
-        attention, training = self.previous
-        self.model.set_attn_implementation(attention)
-        self.model.train(training)
-        AttentionInterface.register(NAME, _refuse)  # no reference to the statistics is kept
+    AttentionInterface.register(NAME, watcher)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    attention, training = model.config._attn_implementation, model.training
+    model.eval()
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+        AttentionInterface.register(NAME, _refuse)  # keeps no statistics alive
 
 
 def _refuse(*args, **kwargs):

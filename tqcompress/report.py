@@ -114,7 +114,7 @@ def describe(spec: TensorSpec) -> str:
     """A spec in a few words."""
     if spec.quantizer == "exact":
         return "exact"
-    options = " ".join(f"{key}={value}" for key, value in spec.options.items())
+    options = " ".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
     return f"{spec.bits:g} bit {spec.quantizer} {options}".rstrip()
 
 

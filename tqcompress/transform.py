@@ -29,7 +29,7 @@ from .rotation import Rotation
 LOG_STEPS, LOG_ZERO, LOG_OVERFLOW = 16, 128, 255
 
 TINY = 1e-30  # a divisor for vectors of zeros, far below any scale
-RIDGE = 0.01  # of the mean variance of a coordinate, added to each: directions that calibration never saw
+RIDGE = 0.001  # of the mean variance of a coordinate, added to each: directions that calibration never saw
 
 
 class TransformedOptions(Options):
