@@ -37,6 +37,7 @@ def llama(tmp_path):
         (["apply", "balanced", "--model", "llama", "--text", "nope"], "nope: no such text file"),
         (["eval", "balanced", "nope", "--model", "llama"], "nope: no such file"),
         (["eval", "balanced", "--model", "llama", "--text", "wikitext-validation"], "balanced: calibration.text: "),
+        (["eval", "--model", "llama"], "name recipes to measure, or give --suite"),
         (["apply", "balanced", "--model", "llama", "--statistics", "nope"], "nope: not a file of statistics"),
         (["calibrate", "--model", "llama", "--out", "x", "--text", "nope"], "nope: no such text file"),
         (["eval", "--model", "llama"], "recipes"),

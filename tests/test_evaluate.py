@@ -8,7 +8,8 @@ from tiny import tiny_model
 
 import tqcompress
 from tqcompress import TQCompressError, api
-from tqcompress.evaluate import _attention, _teacher_cache, evaluate, passes
+from tqcompress.evaluate import Quality, _attention, _teacher_cache, evaluate, passes
+from tqcompress.report import pareto_front
 
 KEEP = {"sinks": 2, "window": 5}
 RECIPES = {
@@ -128,3 +129,13 @@ def test_impossible_requests_are_refused():
         evaluate(model, torch.arange(40), compressions, limit + 1)
     with pytest.raises(TQCompressError, match="the text has 1 tokens"):
         evaluate(model, torch.arange(1), compressions, 32)
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    def result(name, bits, kl):
+        return Quality(name, bits, bits, 1.0, 1.0, kl, 0.0, 0.0, 1.0, 1)
+
+    results = [result("a", 2, 0.5), result("b", 3, 0.1), result("c", 3, 0.2), result("d", 4, 0.1), result("e", 5, 0.05)]
+    assert [r.recipe for r in pareto_front(results)] == ["a", "b", "e"]
+    twins = [result("x", 2, 0.5), result("y", 2, 0.5)]
+    assert pareto_front(twins) == twins

@@ -1,25 +1,22 @@
 """The `tqcompress` command."""
 
-import json
 import sys
 import time
 import traceback
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.utils import logging
 from typer.exceptions import Abort, TyperException
 
-from . import api, report
+from . import api, report, session
 from .artifacts import FILE_NAME, read
-from .calibrate import Calibrator, Statistics
+from .calibrate import Statistics
 from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
@@ -47,8 +44,6 @@ TokensOpt = Annotated[int, typer.Option(min=2, help="measure on the first tokens
 JsonOpt = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
 DeviceOpt = Annotated[str | None, typer.Option(help="default: cuda if there is one, else cpu")]
 DtypeOpt = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: float32 on a CPU")]
-
-PROMPT = "In one short paragraph: what does the text above say about how laws are made?"
 
 
 def _show_version(wanted: bool) -> None:
@@ -83,27 +78,27 @@ def apply(
 ) -> None:
     """Compress a model's cache: generate with it, measure what it costs and loses, save it."""
     started = time.perf_counter()
-    _check_text([recipe], text)  # a bad recipe must not wait for the model
+    session.check_text([recipe], text)  # a bad recipe must not wait for the model
     content = load_text(text)
     given = Statistics.load(statistics) if statistics else None
-    with _progress() as bar:
+    with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
-        inputs = _prompt(tokenizer, prompt).to(loaded.device)
-        calibrator = _calibrator(loaded, tokenizer, bar, step)
+        inputs = session.prompt_inputs(tokenizer, prompt).to(loaded.device)
+        calibrator = session.calibrator(loaded, tokenizer, bar, step)
         compression = api.plan_compression(loaded, recipe, calibrator, given)
 
         bar.update(step, description="generating, uncompressed", total=None)
-        before = _generate(loaded, tokenizer, inputs, max_new_tokens)
-        ids = _token_ids(tokenizer, content, max_tokens)
-        window = window_tokens or _default_window(loaded)
+        before = session.generate(loaded, tokenizer, inputs, max_new_tokens)
+        ids = session.token_ids(tokenizer, content, max_tokens)
+        window = window_tokens or session.default_window(loaded)
         bar.update(step, description="measuring", total=passes(len(ids), window, 1), completed=0)
         name = compression.recipe.name
         quality = evaluate(loaded, ids, {name: compression}, window, lambda: bar.advance(step))[0]
 
         bar.update(step, description="generating, compressed", total=None)
         api.attach(loaded, compression)
-        after = _generate(loaded, tokenizer, inputs, max_new_tokens)
+        after = session.generate(loaded, tokenizer, inputs, max_new_tokens)
         if out is not None:
             bar.update(step, description=f"saving to {out}")
             api.save(loaded, out, weights=weights, tokenizer=tokenizer, base=model)
@@ -120,7 +115,7 @@ def apply(
     console.print(samples)
     console.print(f"{seconds:.1f} s" + (f", saved to {out}" if out else ""))
     here = report.costs(compression.plan)[0]
-    _write_json(json_file, {
+    session.write_json(json_file, {
         "recipe": name,
         "model": model,
         "context": here["tokens"],
@@ -142,8 +137,9 @@ def apply(
 
 @app.command(name="eval")
 def evaluate_command(
-    recipes: Annotated[list[str], typer.Argument(help="recipes, as for apply")],
     model: ModelOpt,
+    recipes: Annotated[list[str] | None, typer.Argument(help="recipes, as for apply")] = None,
+    suite: Annotated[bool, typer.Option("--suite", help="all shipped recipes, baselines included")] = False,
     text: TextOpt = "constitution",
     max_tokens: TokensOpt = 8192,
     window_tokens: WindowOpt = None,
@@ -153,23 +149,28 @@ def evaluate_command(
     statistics: StatisticsOpt = None,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
-    _check_text(recipes, text)
+    recipes = (recipes or []) + (session.suite() if suite else [])
+    if not recipes:
+        raise TQCompressError("name recipes to measure, or give --suite")
+    session.check_text(recipes, text)
     content = load_text(text)
     given = Statistics.load(statistics) if statistics else None
-    with _progress() as bar:
+    with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
-        calibrator = _calibrator(loaded, tokenizer, bar, step)
-        compressions = {_label(r): api.plan_compression(loaded, r, calibrator, given) for r in recipes}
+        calibrator = session.calibrator(loaded, tokenizer, bar, step)
+        compressions = {session.label(r): api.plan_compression(loaded, r, calibrator, given) for r in recipes}
         if len(compressions) < len(recipes):
-            raise TQCompressError(f"two of the recipes have the same name: {', '.join(map(_label, recipes))}")
-        ids = _token_ids(tokenizer, content, max_tokens)
-        window = window_tokens or _default_window(loaded)
+            raise TQCompressError(f"two of the recipes have the same name: {', '.join(map(session.label, recipes))}")
+        ids = session.token_ids(tokenizer, content, max_tokens)
+        window = window_tokens or session.default_window(loaded)
         total = passes(len(ids), window, len(compressions))
         bar.update(step, description="measuring", total=total, completed=0)
         results = evaluate(loaded, ids, compressions, window, lambda: bar.advance(step))
+    if suite:
+        results.sort(key=lambda result: (result.format_bits, result.kl_mean))
     console.print(report.quality_table(results, text))
-    _write_json(json_file, [result.to_dict() for result in results])
+    session.write_json(json_file, [result.to_dict() for result in results])
 
 
 @app.command(name="calibrate")
@@ -188,10 +189,10 @@ def calibrate_command(
     settings = {"text": text, "tokens": tokens, "length": length, "seed": seed}
     recipe = Recipe.parse({"version": 1, "key": {}, "value": {}, "keep": {"sinks": sinks}, "calibration": settings})
     load_text(text)  # a missing text must not wait for the model
-    with _progress() as bar:
+    with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
-        taken = _calibrator(loaded, tokenizer, bar, step).statistics(recipe)
+        taken = session.calibrator(loaded, tokenizer, bar, step).statistics(recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     taken.save(out)
     console.print(f"{out}: {len(taken.layers)} layers, {taken.source['tokens']} tokens of {text}")
@@ -247,75 +248,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except (Abort, KeyboardInterrupt):
         sys.exit(130)
-
-
-def _progress() -> Progress:
-    """A progress bar on a terminal's standard error, in place of transformers' own."""
-    logging.disable_progress_bar()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    errors = Console(stderr=True)  # results alone go to standard output
-    return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
-
-
-def _calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calibrator:
-    """One that shows its progress as the task `step`."""
-
-    def show(done: int, total: int) -> None:
-        bar.update(step, description="calibrating", completed=done, total=total)
-
-    return Calibrator(model, tokenizer, show)
-
-
-def _check_text(recipes: list[str], text: str) -> None:
-    """Refuse bad recipes, and those that would be measured on the text they are calibrated on."""
-    measured = load_text(text).strip()
-    for recipe in recipes:
-        settings = Recipe.load(recipe).calibration
-        if settings is None:
-            continue
-        seen = load_text(settings.text).strip()
-        if measured in seen or seen in measured:
-            raise TQCompressError(
-                f"{recipe}: calibration.text: {settings.text} is what {text} would measure it on; use another text"
-            )
-
-
-def _default_window(model: Any) -> int:
-    return min(2048, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
-
-
-def _label(recipe: str) -> str:
-    return Path(recipe).stem if Path(recipe).suffix else recipe
-
-
-def _token_ids(tokenizer: Any, content: str, max_tokens: int) -> torch.Tensor:
-    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids[:max_tokens])
-
-
-def _prompt(tokenizer: Any, prompt: str | None) -> Any:
-    """The prompt as a chat message where the tokenizer has a chat template.
-
-    The default one is long enough that most of its cache is compressed: a short prompt fits the window.
-    """
-    if prompt is None:
-        prompt = f"{load_text('constitution')[2000:5500]}\n\n{PROMPT}"
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
-
-def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def _write_json(path: Path | None, data: Any) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,17 +53,33 @@ def cost_table(plan: Plan) -> Table:
     return table
 
 
+def pareto_front(results: list[Quality]) -> list[Quality]:
+    """Those that no other beats in KL with as few bits in the long run, or in bits with as little KL."""
+
+    def beaten(a: Quality) -> bool:
+        return any(
+            (b.format_bits, b.kl_mean) != (a.format_bits, a.kl_mean)
+            and b.format_bits <= a.format_bits
+            and b.kl_mean <= a.kl_mean
+            for b in results
+        )
+
+    return [result for result in results if not beaten(result)]
+
+
 def quality_table(results: list[Quality], text: str) -> Table:
-    """Perplexity, KL and agreement of each recipe."""
+    """Perplexity, KL and agreement of each recipe; a star marks those on the Pareto front, if there is a choice."""
     first = results[0]
     title = f"{text}, {first.tokens:,} tokens; uncompressed perplexity {first.perplexity_uncompressed:.3f}"
     table = Table(title=title, title_justify="left")
     table.add_column("recipe", no_wrap=True)
     for column in ("bits", "format", "ppl", "mean KL", "KL p99", "top-1"):
         table.add_column(column, justify="right")
+    best = pareto_front(results)
     for r in results:
+        name = f"{r.recipe} *" if r in best and len(results) > 2 else r.recipe
         table.add_row(
-            r.recipe, f"{r.effective_bits:.2f}", f"{r.format_bits:.2f}", f"{r.perplexity:.2f}",
+            name, f"{r.effective_bits:.2f}", f"{r.format_bits:.2f}", f"{r.perplexity:.2f}",
             f"{r.kl_mean:.4f}±{r.kl_stderr:.4f}", f"{r.kl_p99:.2f}", f"{r.top1:.1%}",
         )  # fmt: skip
     return table

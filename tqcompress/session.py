@@ -1,0 +1,96 @@
+"""What the commands share: a progress bar, the model's prompt and answers, checks of texts and recipes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers.utils import logging
+
+from .calibrate import Calibrator
+from .errors import TQCompressError
+from .recipe import Recipe, shipped_recipes
+from .texts import load_text
+
+PROMPT = "In one short paragraph: what does the text above say about how laws are made?"
+
+
+def progress() -> Progress:
+    """A progress bar on a terminal's standard error, in place of transformers' own."""
+    logging.disable_progress_bar()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    errors = Console(stderr=True)  # results alone go to standard output
+    return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+
+
+def calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calibrator:
+    """One that shows its progress as the task `step`."""
+
+    def show(done: int, total: int) -> None:
+        bar.update(step, description="calibrating", completed=done, total=total)
+
+    return Calibrator(model, tokenizer, show)
+
+
+def check_text(recipes: list[str], text: str) -> None:
+    """Refuse bad recipes, and those that would be measured on the text they are calibrated on."""
+    measured = load_text(text).strip()
+    for recipe in recipes:
+        settings = Recipe.load(recipe).calibration
+        if settings is None:
+            continue
+        seen = load_text(settings.text).strip()
+        if measured in seen or seen in measured:
+            raise TQCompressError(
+                f"{recipe}: calibration.text: {settings.text} is what {text} would measure it on; use another text"
+            )
+
+
+def default_window(model: Any) -> int:
+    """Tokens of a window to measure in: 2048, or the model's context if that is shorter."""
+    return min(2048, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
+
+
+def suite() -> list[str]:
+    """The shipped recipes but for the one that only explains."""
+    return [name for name in shipped_recipes() if name != "reference"]
+
+
+def label(recipe: str) -> str:
+    """A recipe's name in a table."""
+    return Path(recipe).stem if Path(recipe).suffix else recipe
+
+
+def token_ids(tokenizer: Any, content: str, max_tokens: int) -> torch.Tensor:
+    """The first token ids of a text, without special tokens."""
+    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids[:max_tokens])
+
+
+def prompt_inputs(tokenizer: Any, prompt: str | None) -> Any:
+    """The prompt as a chat message where the tokenizer has a chat template.
+
+    The default one is long enough that most of its cache is compressed: a short prompt fits the window.
+    """
+    if prompt is None:
+        prompt = f"{load_text('constitution')[2000:5500]}\n\n{PROMPT}"
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
+    """What the model answers, greedily."""
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Write `data`, if there is a file to write it to."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
