@@ -74,6 +74,12 @@ VARIANTS = {
         {"seed": 7, "rotation": "dense", "levels": "e4m3", "scale": "log8"},
     ],
     "affine": [{}, {"group": 1}],
+    "trellis": [
+        {"states": 16},
+        {"states": 64, "rotation": "dense"},
+        {"states": 1024, "scale": "log8"},
+        {"norm_correction": False},
+    ],
 }
 
 REGISTRY = plugins().registry
