@@ -4,6 +4,9 @@ Ordinary tensors (a prefill of an empty cache, layers that stay exact, no cache 
 scaled-dot-product attention; a `KVView` goes to each group's backend.
 """
 
+from collections.abc import Callable
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -80,11 +83,22 @@ class _Opaque(torch.autograd.Function):
         )
 
 
-def register() -> None:
-    """Make "tqcompress" known to transformers: the attention function, and boolean masks for it."""
+def register(name: str = NAME, function: Callable = attention_forward) -> None:
+    """Make an attention function known to transformers, by default "tqcompress", and boolean masks for it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(name, function)
     # Without its own entry the mask would silently be None, wrong for padded batches.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+@contextmanager
+def selected(model: nn.Module, name: str = NAME):
+    """The model with a registered attention, and its own again afterwards."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import attention
 from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
 from .recipe import Recipe
 from .texts import load_text
@@ -149,14 +150,12 @@ class _Watcher:
         self.sums: dict[int, tuple[_Sums, _Sums, _Sums]] = {}
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        from .attention import attention_forward
-
         sums = self.sums.setdefault(module.layer_idx, (_Sums(), _Sums(), _Sums()))
         for total, x, name in zip(sums, (query, key, value), ("queries", "keys", "values"), strict=True):
             if not bool(x.isfinite().all()):
                 raise TQCompressError(f"calibration: layer {module.layer_idx}: {name} are not finite")
             total.add(x[:, :, self.skip :].detach())
-        return attention_forward(module, query, key, value, *args, **kwargs)
+        return attention.attention_forward(module, query, key, value, *args, **kwargs)
 
     def statistics(self, source: dict[str, str | int]) -> Statistics:
         """The moments of every layer that was seen."""
@@ -211,20 +210,15 @@ def calibrate(
 @contextmanager
 def _watched(model: nn.Module, watcher: _Watcher):
     """The model in evaluation mode with the watcher as its attention."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, watcher)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    attention, training = model.config._attn_implementation, model.training
+    attention.register(NAME, watcher)
+    training = model.training
     model.eval()
-    model.set_attn_implementation(NAME)
     try:
-        yield
+        with attention.selected(model, NAME):
+            yield
     finally:
-        model.set_attn_implementation(attention)
         model.train(training)
-        AttentionInterface.register(NAME, _refuse)  # keeps no statistics alive
+        attention.register(NAME, _refuse)  # keeps no statistics alive
 
 
 def _refuse(*args, **kwargs):

@@ -78,8 +78,7 @@ def apply(
 ) -> None:
     """Compress a model's cache: generate with it, measure what it costs and loses, save it."""
     started = time.perf_counter()
-    session.check_text([recipe], text)  # a bad recipe must not wait for the model
-    content = load_text(text)
+    content = session.text_for([recipe], text)  # a bad recipe must not wait for the model
     given = Statistics.load(statistics) if statistics else None
     with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
@@ -152,8 +151,7 @@ def evaluate_command(
     recipes = (recipes or []) + (session.suite() if suite else [])
     if not recipes:
         raise TQCompressError("name recipes to measure, or give --suite")
-    session.check_text(recipes, text)
-    content = load_text(text)
+    content = session.text_for(recipes, text)
     given = Statistics.load(statistics) if statistics else None
     with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)

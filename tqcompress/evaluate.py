@@ -95,12 +95,8 @@ def _windows(ids: Tensor, window_tokens: int) -> Iterator[Tensor]:
 def _attention(model: nn.Module):
     """The model with tqcompress's attention, which treats ordinary tensors as the model's own does."""
     attention.register()
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(attention.NAME)
-    try:
+    with attention.selected(model):
         yield
-    finally:
-        model.set_attn_implementation(previous)
 
 
 @dataclass

@@ -34,18 +34,19 @@ def calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calib
     return Calibrator(model, tokenizer, show)
 
 
-def check_text(recipes: list[str], text: str) -> None:
-    """Refuse bad recipes, and those that would be measured on the text they are calibrated on."""
-    measured = load_text(text).strip()
-    for recipe in recipes:
-        settings = Recipe.load(recipe).calibration
+def text_for(recipes: list[str], text: str) -> str:
+    """The content of `text`. Refuses bad recipes, and those that would be measured on what they are calibrated on."""
+    calibrations = [(recipe, Recipe.load(recipe).calibration) for recipe in recipes]
+    content = load_text(text)
+    for recipe, settings in calibrations:
         if settings is None:
             continue
-        seen = load_text(settings.text).strip()
+        seen, measured = load_text(settings.text).strip(), content.strip()
         if measured in seen or seen in measured:
             raise TQCompressError(
                 f"{recipe}: calibration.text: {settings.text} is what {text} would measure it on; use another text"
             )
+    return content
 
 
 def default_window(model: Any) -> int:

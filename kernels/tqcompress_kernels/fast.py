@@ -3,6 +3,7 @@
 Needs CUDA with int8 tensor cores reached by mma.sync m16n8k32 (compute capability 8.0 and later).
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -151,8 +152,13 @@ class FastSplit:
             return stages
         scales = key.scale.element_size() + value.scale.element_size()
         codes = padded(dim, self.key.bits, True) * self.key.bits + padded(dim, self.value.bits, False) * self.value.bits
-        room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // tuning.PROGRAMS - RESERVED
-        return max(stages, room // (tile * (codes // 8 + scales)))
+        return max(stages, _room(device) // (tile * (codes // 8 + scales)))
+
+
+@functools.cache
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that each of `PROGRAMS` programs of a multiprocessor can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // tuning.PROGRAMS - RESERVED
 
 
 def _check(side: Packed, name: str, page: int, tile: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .overlap import launch_options, let_next_start, wait_for_previous
 
+TILE = 32  # coordinates a program
+
 
 @triton.jit
 def load_columns(
@@ -79,19 +81,14 @@ def prepare(
     if key_mean is None and key_back.shape[0] == 1 and query.stride(0) == query.shape[1] * query.stride(1):
         batch, kv_heads, columns = 1, 1, batch * kv_heads * columns  # one rotation for all: as the columns of one head
     pad = max(16, triton.next_power_of_2(dim))
-    rows, tile, warps = _tiling(batch * kv_heads * columns, pad)
-    _prepare[batch * kv_heads, triton.cdiv(columns, rows), triton.cdiv(dim, tile)](
+    rows = 4 if batch * kv_heads * columns <= 512 else 64
+    _prepare[batch * kv_heads, triton.cdiv(columns, rows), triton.cdiv(dim, TILE)](
         query, key_back, key_mean, rotated, bias, *query.stride()[:3],
         0 if key_back.shape[0] == 1 else key_back.stride(0), 0 if key_mean is None else key_mean.stride(0),
         kv_heads, columns, queries, scaling,
-        DIM=dim, DIM_PAD=pad, COLUMNS=rows, TILE=tile, PRECISION=precision(), EARLY=early, num_warps=warps,
+        DIM=dim, DIM_PAD=pad, COLUMNS=rows, TILE=TILE, PRECISION=precision(), EARLY=early, num_warps=4,
         **launch_options(query.device),
     )  # fmt: skip
-
-
-def _tiling(total: int, pad: int) -> tuple[int, int, int]:
-    """Rows and coordinates a program, and its warps, for `total` rows."""
-    return (4, 32, 4) if total <= 512 else (64, 32, 4)
 
 
 def precision() -> str:
