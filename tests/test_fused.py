@@ -65,15 +65,16 @@ def test_inspect_tells_the_backend(tmp_path, capsys):
 
 def fused_group(view):
     """The fused group of a view's codecs, here."""
-    group = fused.FusedGroup(view.codecs.key.to(HERE), view.codecs.value.to(HERE), HERE)
+    group = fused.FusedGroup(view.codecs.key, view.codecs.value, HERE)
     if DEVICE == "cpu":
         group.split = plain.split
     return group
 
 
 def moved(view):
-    for store in (view.key, view.value):
+    for store, codec in ((view.key, view.codecs.key), (view.value, view.codecs.value)):
         store.map(lambda states: states.to(HERE))
+        codec.to(HERE)
     view.__dict__["sinks"], view.__dict__["recent"] = (
         tuple(states.to(HERE) for states in pair) for pair in (view.sinks, view.recent)
     )

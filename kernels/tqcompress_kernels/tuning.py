@@ -6,7 +6,7 @@ import torch
 
 PROGRAMS = 8  # a multiprocessor: as many as its registers hold
 SPAN = 512  # tokens: shorter spans take longer to start than to run
-MIN_SPAN = 128  # where the device would idle otherwise
+MIN_SPAN = 64  # where the device would idle otherwise
 MAX_SPLITS = 512
 
 # Measured: (device name, batch * kv_heads, head_dim) -> programs in all, where it differs from the rule.
