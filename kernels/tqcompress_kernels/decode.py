@@ -69,7 +69,7 @@ def decode_attention(
     partial = query.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
     lse = query.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
     if splits:
-        early = tuning.spread(query.device, batch * kv_heads * splits)
+        early = tuning.spread(query.device, batch * kv_heads * splits, -(-tokens // splits))
         prepare(query, key_back, key_mean, rotated, bias, scaling, early)
         packed_mask = mask if mask is None or sinks is None else mask[:, sinks[0].shape[2] :]
         split(

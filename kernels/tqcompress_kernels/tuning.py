@@ -34,10 +34,11 @@ def splits(device: torch.device, heads: int, head_dim: int, tokens: int) -> int:
     return max(1, min(programs // max(heads, 1), -(-tokens // span), MAX_SPLITS))
 
 
-def spread(device: torch.device, programs: int) -> bool:
-    """Whether this many programs lie evenly on the multiprocessors if they start while another kernel ends.
+def spread(device: torch.device, programs: int, tokens: int) -> bool:
+    """Whether this many programs for `tokens` each may start while another kernel ends.
 
-    They are then put where there is room, up to `PROGRAMS` on one, instead of one after the other on each.
+    They are then put where there is room, up to `PROGRAMS` on one multiprocessor, instead of one after the other on
+    each: as good if they fill the device or leave room on each, and if each is so short that its start is most of it.
     """
     processors = _device(device)[1]
-    return programs <= processors or programs > (PROGRAMS - 1) * processors
+    return programs <= processors or programs > (PROGRAMS - 1) * processors or tokens <= MIN_SPAN
