@@ -191,7 +191,7 @@ def test_prepare_and_combine_write_everything():
     dim, columns = 64, 3
     query = random(1, HEADS * columns, 1, dim)
     back = torch.linalg.qr(random(HEADS, dim, dim))[0].contiguous()
-    rotated, bias = (x.fill_(float("nan")) for x in empty(query, HEADS))
+    rotated, bias = (x.fill_(float("nan")) for x in empty(query, HEADS, query))
     prepare(query, back, None, rotated, bias, 1.0)
     assert (bias == 0).all()
     partial = torch.stack([rotated, rotated, torch.zeros_like(rotated)], 2)

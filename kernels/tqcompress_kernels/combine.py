@@ -6,13 +6,17 @@ float32: products of half-precision numbers are exact, softmax weights are the s
 the rotation takes float32 operands in three steps. The naive version is `reference.combine`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Scratch, launch
 from .overlap import launch_options, let_next_start, wait_for_previous
 from .prepare import load_columns, precision
+from .ring import Ring, ring_tokens
 
 CHUNK = tl.constexpr(64)  # recent tokens a program attends to
 BLOCK = tl.constexpr(64)  # tokens at once
@@ -22,18 +26,38 @@ START = tl.constexpr(-1e20)  # below every score, above a masked one
 Exact = tuple[Tensor, Tensor] | None
 
 
+class RingStep(NamedTuple):
+    """A step of one query for which a ring holds the exact tokens.
+
+    Attributes:
+        ring: the tokens before this step; it takes the new one.
+        new: key and value of the new token, `[batch, kv_heads, 1, head_dim]`, last stride 1; None attends again to
+            what is there.
+        limit: tokens that there is room for, packed ones included.
+    """
+
+    ring: Ring
+    new: tuple[Tensor, Tensor] | None
+    limit: int
+
+
 # Not specialised: what changes from step to step or with the size of a buffer, or Triton compiles anew.
 @triton.jit(
-    do_not_specialize=["kv_heads", "columns", "queries", "sinks", "recent", "mask_b", "recent_mask"],
+    do_not_specialize=["kv_heads", "columns", "queries", "sinks", "recent", "mask_b", "recent_mask", "limit"],
     do_not_specialize_on_alignment=["p_mask"],
 )
 def exact_kernel(
-    p_query, p_sink_k, p_sink_v, p_recent_k, p_recent_v, p_mask, p_out, p_lse, sink_strides, recent_strides,
-    query_b, query_h, query_q, mask_b, recent_mask, kv_heads, columns, queries, sinks, recent, scaling, softcap,
+    p_query, p_sink_k, p_sink_v, p_recent_k, p_recent_v, p_mask, p_state, p_new_k, p_new_v, p_out, p_lse,
+    sink_strides, recent_strides, query_b, query_h, query_q, new_k_b, new_k_h, new_v_b, new_v_h,
+    mask_b, recent_mask, kv_heads, columns, queries, sinks, recent, limit, scaling, softcap,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, OVERLAP: tl.constexpr,
+    SINKS: tl.constexpr, ROOM: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Chunk `program_id(2)` of the exact tokens, all sinks being the first one, for columns of a KV head."""
+    """Chunk `program_id(2)` of the exact tokens, all sinks being the first one, for columns of a KV head.
+
+    With a ring (`ROOM` rows) the recent tokens are those in it and the new one, which is written to it, too. A token
+    past `limit` has no room: what comes out is NaN.
+    """
     if FIRST:
         wait_for_previous(OVERLAP)
     let_next_start(OVERLAP)
@@ -56,6 +80,15 @@ def exact_kernel(
         p_k = tl.where(other, p_k, p_sink_k + i_b * sink_strides[0] + i_h * sink_strides[1])
         p_v = tl.where(other, p_v, p_sink_v + i_b * sink_strides[3] + i_h * sink_strides[4])
         k_row, v_row = tl.where(other, k_row, sink_strides[2]), tl.where(other, v_row, sink_strides[5])
+    newest, appended, base = 0, -1, 0
+    if ROOM:
+        newest, base = tl.load(p_state), tl.load(p_state + 1)
+        if p_new_k is None:
+            newest -= 1
+        else:
+            appended = newest
+            new_k = tl.load(p_new_k + i_b * new_k_b + i_h * new_k_h + i_d, mask=i_d < DIM, other=0.0)
+            new_v = tl.load(p_new_v + i_b * new_v_b + i_h * new_v_h + i_d, mask=i_d < DIM, other=0.0)
     top = tl.full([COLUMNS], START, tl.float32)
     mass = tl.zeros([COLUMNS], tl.float32)
     total = tl.zeros([COLUMNS, DIM_PAD], tl.float32)
@@ -64,14 +97,28 @@ def exact_kernel(
         m_t, o_t, m_d = i_t < last, i_t.to(tl.int64), i_d < DIM
         key = tl.load(p_k + o_t[None, :] * k_row + i_d[:, None], mask=m_d[:, None] & m_t[None, :], other=0.0)
         value = tl.load(p_v + o_t[:, None] * v_row + i_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)
+        token = i_t
+        if ROOM:
+            token = ring_tokens(newest, base, i_t, sinks, part >= SINKS, ROOM)
+            if p_new_k is not None:
+                is_new = m_t & (token == appended)
+                key = tl.where(is_new[None, :], new_k[:, None], key)
+                value = tl.where(is_new[:, None], new_v[None, :], value)
+                place = tl.sum(tl.where(is_new, i_t, 0), 0)
+                m_new = m_d & (tl.sum(is_new.to(tl.int32), 0) > 0) & (tl.program_id(1) == 0)
+                tl.store(p_k + place * k_row + i_d, new_k, mask=m_new)
+                tl.store(p_v + place * v_row + i_d, new_v, mask=m_new)
         if WIDEN:
             key, value = key.to(tl.float32), value.to(tl.float32)
         scores = tl.dot(query, key, input_precision=PRECISION) * scaling
         if SOFTCAP:
             scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / softcap)) + 1))
+        if ROOM:
+            m_t = m_t & (token >= 0)
+            o_mask = 0
         m_seen = m_t[None, :] & (i_t[None, :] < everybody + (i_c % queries)[:, None])
         if p_mask is not None:
-            m_seen = m_seen & (tl.load(p_mask + i_b * mask_b + o_mask + i_t, mask=m_t, other=0) != 0)[None, :]
+            m_seen = m_seen & (tl.load(p_mask + i_b * mask_b + o_mask + token, mask=m_t, other=0) != 0)[None, :]
         scores = tl.where(m_seen, scores * LOG2E, -1e30)
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights, shrink = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
@@ -83,6 +130,8 @@ def exact_kernel(
     row = (i_head * columns + i_c) * parts + part
     m_c = i_c < columns
     out = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    if ROOM:
+        out = tl.where(newest < limit, out, float("nan"))
     tl.store(p_out + row[:, None] * DIM + i_d[None, :], out, mask=m_c[:, None] & (i_d < DIM)[None, :])
     tl.store(p_lse + row, tl.where(mass > 0, top + tl.log2(mass), -float("inf")), mask=m_c)
     if not FIRST:
@@ -111,12 +160,15 @@ def _merge(p_x, p_lse, o_first, step, count, m_row, i_d, DIM: tl.constexpr, EACH
 
 @triton.jit(do_not_specialize=["kv_heads", "columns", "count", "splits", "parts"])
 def finish_kernel(
-    p_partial, p_lse, p_exact, p_exact_lse, p_back, p_mean, p_out, p_out_lse, back_h, mean_h,
+    p_partial, p_lse, p_exact, p_exact_lse, p_back, p_mean, p_state, p_out, p_out_lse, back_h, mean_h,
     kv_heads, columns, count, splits, parts,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates `program_id(2) * TILE` and on of some of `count` rows; a row is a column of a KV head."""
+    """Coordinates `program_id(2) * TILE` and on of some of `count` rows; a row is a column of a KV head.
+
+    With the state of a ring the number of tokens in it becomes one more.
+    """
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = i_row < count
     i_row = tl.program_id(1).to(tl.int64) * count + i_row
@@ -139,6 +191,8 @@ def finish_kernel(
         total += packed_mass[:, None] * mean[None, :]
     out = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(p_out + i_row[:, None] * DIM + i_n[None, :], out, mask=m_row[:, None] & (i_n < DIM)[None, :])
+    if p_state is not None and (tl.program_id(0) + tl.program_id(1) + tl.program_id(2)) == 0:
+        tl.store(p_state, tl.load(p_state) + 1)
     if tl.program_id(2) == 0:
         tl.store(p_out_lse + i_row, tl.where(mass > 0, (top + tl.log2(mass)) / LOG2E, -float("inf")), mask=m_row)
 
@@ -157,6 +211,8 @@ def combine(
     softcap: float | None,
     out: Tensor,
     out_lse: Tensor,
+    step: RingStep | None = None,
+    memory: Tensor | Scratch | None = None,
 ) -> None:
     """Write `out` and `out_lse`; splits, sinks and recent tokens may each be none.
 
@@ -168,19 +224,25 @@ def combine(
         sinks, recent: keys and values `[batch, kv_heads, n, head_dim]` before and after the packed tokens.
         mask: bool `[batch, sinks + tokens + recent]`, True = attend.
         tokens: the packed tokens between sinks and recent ones in `mask`.
-        out: float32 `[batch, heads, queries, head_dim]`, contiguous.
+        out: `[batch, heads, queries, head_dim]`, contiguous.
         out_lse: natural logarithm of the sum of exp(score), float32 `[batch, heads, queries]`, contiguous.
+        step: what stands for `sinks`, `recent` and `tokens` if a ring holds the exact tokens.
+        memory: whose `new_empty` gives room for intermediate results; `query` if None.
     """
     batch, kv_heads, splits, columns, dim = partial.shape
     if out.numel() == 0:
         return
     pad = max(16, triton.next_power_of_2(dim))
-    exact, exact_lse = _exact(query, sinks, recent, mask, tokens, scaling, softcap, partial.shape, pad)
+    memory = query if memory is None else memory
+    exact, exact_lse = _exact(query, sinks, recent, mask, tokens, scaling, softcap, partial.shape, pad, step, memory)
     shared = value_back.shape[0] == 1 and value_mean is None
     segments, count = (1, batch * kv_heads * columns) if shared else (batch * kv_heads, columns)
     rows, tile, each, warps = _tiling(segments * count, count, pad)
-    finish_kernel[triton.cdiv(count, rows), segments, triton.cdiv(dim, tile)](
-        partial, lse, exact, exact_lse, value_back, value_mean, out, out_lse,
+    grid = triton.cdiv(count, rows), segments, triton.cdiv(dim, tile)
+    launch(
+        finish_kernel, grid,
+        partial, lse, exact, exact_lse, value_back, value_mean,
+        None if step is None or step.new is None else step.ring.state, out, out_lse,
         0 if value_back.shape[0] == 1 else value_back.stride(0), 0 if value_mean is None else value_mean.stride(0),
         kv_heads, columns, count, splits, exact_lse.shape[-1],
         DIM=dim, DIM_PAD=pad, ROWS=rows, EACH=each, TILE=tile, PRECISION=precision(), num_warps=warps,
@@ -199,26 +261,35 @@ def _tiling(total: int, count: int, pad: int) -> tuple[int, int, int, int]:
     return rows, min(pad, tile), each, warps
 
 
-def _exact(query, sinks, recent, mask, tokens, scaling, softcap, shape, pad: int) -> tuple[Tensor, Tensor]:
+def _exact(
+    query, sinks, recent, mask, tokens, scaling, softcap, shape, pad: int, step: RingStep | None, memory
+) -> tuple[Tensor, Tensor]:
     """Attention to each chunk of exact tokens: `[batch, kv_heads, columns, parts, head_dim]` and log2 weights."""
     batch, kv_heads, _, columns, dim = shape
+    new, room = (None, None), 0
+    if step is not None:
+        new, room, split = step.new or new, step.ring.room, step.ring.sinks
+        sinks, recent = step.ring.exact[:, :, :, :split].unbind(), step.ring.exact[:, :, :, split:].unbind()
     sink_k, sink_v, sink_strides, n_sinks = _arguments(sinks)
     recent_k, recent_v, recent_strides, n_recent = _arguments(recent)
     parts = (n_sinks > 0) + triton.cdiv(n_recent, CHUNK.value)
-    out = query.new_empty(batch, kv_heads, columns, parts, dim, dtype=torch.float32)
-    lse = torch.empty_like(out[..., 0])
+    out = memory.new_empty(batch, kv_heads, columns, parts, dim, dtype=torch.float32)
+    lse = memory.new_empty(batch, kv_heads, columns, parts, dtype=torch.float32)
     if parts:
         if not n_recent:  # the kernel needs some pointer
             recent_k, recent_v = sink_k, sink_v
-        dtypes = {x.dtype for x in (query, sink_k, sink_v, recent_k, recent_v) if x is not None}
+        dtypes = {x.dtype for x in (query, sink_k, sink_v, recent_k, recent_v, *new) if x is not None}
         interpreted = not isinstance(exact_kernel, triton.JITFunction)  # which cannot multiply bfloat16
         widen = len(dtypes) > 1 or query.dtype == torch.float32 or interpreted
         tile = max(16, min(32, triton.next_power_of_2(columns)))
-        exact_kernel[batch * kv_heads, triton.cdiv(columns, tile), parts](
-            query, sink_k, sink_v, recent_k, recent_v, mask, out, lse, sink_strides, recent_strides,
-            *query.stride()[:3], 0 if mask is None else mask.stride(0), n_sinks + tokens,
-            kv_heads, columns, query.shape[2], n_sinks, n_recent, scaling, softcap or 0.0,
-            DIM=dim, DIM_PAD=pad, COLUMNS=tile, SOFTCAP=bool(softcap), WIDEN=widen, SINKS=int(n_sinks > 0),
+        new_strides = (0,) * 4 if new[0] is None else (*new[0].stride()[:2], *new[1].stride()[:2])
+        launch(
+            exact_kernel, (batch * kv_heads, triton.cdiv(columns, tile), parts),
+            query, sink_k, sink_v, recent_k, recent_v, mask, None if step is None else step.ring.state, *new, out, lse,
+            sink_strides, recent_strides, *query.stride()[:3], *new_strides,
+            0 if mask is None else mask.stride(0), n_sinks + tokens, kv_heads, columns, query.shape[2],
+            n_sinks, n_recent, 0 if step is None else step.limit, scaling, softcap or 0.0,
+            DIM=dim, DIM_PAD=pad, COLUMNS=tile, SOFTCAP=bool(softcap), WIDEN=widen, SINKS=int(n_sinks > 0), ROOM=room,
             PRECISION=precision(), FIRST=shape[2] == 0, num_warps=4, num_stages=2, **launch_options(query.device),
         )  # fmt: skip
     return out, lse

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import plain, tuning
-from .combine import Exact, combine
+from .combine import Exact, RingStep, combine
+from .launch import Scratch
 from .packed import Packed
 from .prepare import empty, prepare
 
@@ -35,6 +36,9 @@ def decode_attention(
     block_table: Tensor | None = None,
     split: Callable[..., None] = plain.split,
     splits: int | None = None,
+    step: RingStep | None = None,
+    memory: Scratch | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to `sinks`, packed tokens and `recent`, in this order.
 
@@ -53,6 +57,9 @@ def decode_attention(
             packed tensors, whose first axis is then pages.
         split: the kernel that walks the packed tokens.
         splits: into how many spans it splits them; chosen by `tuning.splits` if None.
+        step: the ring that holds the exact tokens, in place of `sinks` and `recent`; the query is one.
+        memory: where all but the output lies; new tensors if None.
+        out: where the output goes, if not to a new tensor.
 
     Returns:
         The output, float32 `[batch, kv_heads * share, queries, head_dim]`, and the natural logarithm of the sum of
@@ -60,23 +67,26 @@ def decode_attention(
     """
     batch, heads, queries, dim = query.shape
     kv_heads = key.planes[0].shape[1]
-    out = query.new_empty(batch, heads, queries, dim, dtype=torch.float32)
-    out_lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    memory = query if memory is None else memory
+    out = query.new_empty(batch, heads, queries, dim, dtype=torch.float32) if out is None else out
+    out_lse = memory.new_empty(batch, heads, queries, dtype=torch.float32)
     if splits is None:
         splits = tuning.splits(query.device, batch * kv_heads, dim, tokens)
-    rotated, bias = empty(query, kv_heads)
+    rotated, bias = empty(query, kv_heads, memory)
     columns = rotated.shape[2]
-    partial = query.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
-    lse = query.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
+    partial = memory.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
+    lse = memory.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
     if splits:
         early = tuning.spread(query.device, batch * kv_heads * splits, -(-tokens // splits))
         prepare(query, key_back, key_mean, rotated, bias, scaling, early)
-        packed_mask = mask if mask is None or sinks is None else mask[:, sinks[0].shape[2] :]
+        before = step.ring.sinks if step else 0 if sinks is None else sinks[0].shape[2]
+        packed_mask = None if mask is None else mask[:, before:]
         split(
             rotated, bias, key, value, partial, lse, tokens, lengths, packed_mask, block_table, scaling, softcap
         )  # fmt: skip
     combine(
-        partial, lse, value_back, value_mean, query, sinks, recent, mask, tokens, scaling, softcap, out, out_lse
+        partial, lse, value_back, value_mean, query, sinks, recent, mask, tokens, scaling, softcap, out, out_lse,
+        step, memory,
     )  # fmt: skip
     return out, out_lse
 

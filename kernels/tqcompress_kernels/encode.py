@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode_kernel import encode_kernel
+from .launch import launch
 from .packed import plane_widths
+from .ring import BLOCK, Ring
 from .storage import aligned, units
 
 INTERPRETED = not isinstance(encode_kernel, triton.JITFunction)
@@ -201,14 +203,27 @@ def _tiling(device: int | None, itemsize: int, terms: int, size: int) -> _Tiling
     return _Tiling(block, resident, 4 * properties.multi_processor_count, options)
 
 
+def encode_due(ring: Ring, side: int, planes: tuple[Tensor, ...], scale: Tensor, by: Encoder) -> None:
+    """Encode the block of tokens that leaves the ring at this step, if one does: for the host always the same call.
+
+    `side` is 0 for keys and 1 for values. Keys come first in a step: their call also counts the packed tokens. See
+    `encode` for the rest.
+    """
+    x = ring.exact[side, :, :, ring.sinks :]
+    _launch(x[:, :, : BLOCK.value], planes, scale, 0, by, None, ring, side == 0)
+
+
 def _launch(
-    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: Encoder, slots: Tensor | None
-) -> None:
+    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: Encoder, slots: Tensor | None,
+    ring: Ring | None = None, count: bool = False,
+) -> None:  # fmt: skip
     """Choose the tiles and run the kernel."""
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, tokens, dim = x.shape
     terms, matrices, size, _ = by.matrix.shape
     tiling = VECTORS if batch * tokens <= FEW else _tiling(x.device.index, x.element_size(), terms, size)
+    if ring is not None:  # most calls find nothing to do and must end at once: no matrix is loaded before that
+        tiling = _Tiling(BLOCK.value, False, 1 << 30, {} if INTERPRETED else {"num_warps": 4})
     block, x_terms = tiling.block, _terms_of(x.dtype, terms)
     flat = tokens < block or block == 1
     widths = plane_widths(by.bits)
@@ -216,11 +231,14 @@ def _launch(
     per = -(-tiles // max(1, tiling.programs // heads))
     x_unit, x_strides = units(x.stride()[:3], 8)
     plane_unit, plane_strides = units(tuple(stride for plane in planes for stride in plane.stride()[:3]), 16)
-    encode_kernel[(-(-tiles // per), heads)](
+    launch(
+        encode_kernel,
+        (-(-tiles // per), heads),
         x,
         tuple(planes),
         scale,
         slots,
+        None if ring is None else ring.state,
         by.matrix,
         by.mean,
         by.table,
@@ -230,6 +248,8 @@ def _launch(
         0 if slots is None else slots.stride(0),
         by.matrix.stride(0),
         by.matrix.stride(1) if matrices > 1 else 0,
+        0 if ring is None else ring.sinks,
+        planes[0].shape[2],
         batch,
         tokens,
         start,
@@ -255,5 +275,7 @@ def _launch(
         RESIDENT=tiling.resident,
         CHUNK=min(64, 1 << ((CHUNK_BYTES // (2 * terms * size)).bit_length() - 1)),
         BLOCK=block,
+        ROOM=0 if ring is None else ring.room,
+        COUNT=count,
         **tiling.options,
     )

@@ -4,15 +4,17 @@ import triton
 import triton.language as tl
 
 from .quantize import levels_of, quantized
+from .ring import due_block
 from .storage import offset_of, shuffled, store_words
 
 
-@triton.jit(do_not_specialize=["slot_stride", "batch", "tokens", "start", "tiles", "per"])
+@triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "batch", "tokens", "start", "tiles", "per"])
 def encode_kernel(
     x,
     planes,  # tuple, widest first
     scale,
     slots,
+    p_state,  # of the ring that `x` is: encode the block that leaves it at this step, if one does; see `ring`
     matrix,
     mean,
     table,
@@ -22,6 +24,8 @@ def encode_kernel(
     slot_stride,
     term_stride,
     head_stride,  # of the matrix; 0 if the heads share it
+    sinks,
+    capacity,
     batch,
     tokens,
     start,
@@ -47,10 +51,19 @@ def encode_kernel(
     RESIDENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,  # rows of the ring, 0 without one
+    COUNT: tl.constexpr,  # write the ring's number of packed tokens
 ):
     """Tiles `program_id(0) * per` and on of head `program_id(1)`."""
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * per
+    x_row = 0
+    if ROOM:
+        due, x_row, start, packed = due_block(p_state, sinks, capacity, ROOM)
+        tiles = tl.where(due, tiles, 0)
+        if COUNT and (first == 0) & (head == 0):
+            for i in range(batch):
+                tl.store(p_state + 2 + i, packed)
     matrix += head * head_stride
     levels = levels_of(table, BITS, METHOD)
     if RESIDENT:
@@ -66,7 +79,7 @@ def encode_kernel(
             a_batch = tl.cdiv(tokens, BLOCK)
             page, row = (tile // a_batch).to(tl.int64), (tile % a_batch).to(tl.int64) * BLOCK
             seen = lane < tokens - row
-        vectors = x + offset_of(page, row, head, lane, x_strides, X_UNIT)
+        vectors = x + offset_of(page, row + x_row, head, lane, x_strides, X_UNIT)
         y = tl.zeros((BLOCK, SIZE), tl.float32)
         if RESIDENT:
             y = _product(y, _coordinates(vectors, seen, 0, SIZE, SIZE, DIM), held, X_TERMS, M_TERMS, DOT)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import overlap, tuning
 from .fast_kernel import decode_kernel
+from .launch import launch
 from .packed import Packed, is_uniform
 
 LANES = 32
@@ -124,7 +125,8 @@ class FastSplit:
         _check(value, "value", page, tile)
         kc, kh, vc, vh = key.planes[0], key.planes[-1], value.planes[0], value.planes[-1]
         none = lse  # stands for tensors that are not there
-        decode_kernel[batch * kv_heads, partial.shape[2]](
+        launch(
+            decode_kernel, (batch * kv_heads, partial.shape[2]),
             rotated, none if bias is None else bias, kc, kh, key.scale, self.key.table, vc, vh, value.scale,
             self.value.table, none if mask is None else mask.view(torch.uint8), none if lengths is None else lengths,
             none if block_table is None else block_table, partial, lse,

@@ -85,11 +85,11 @@ def decode_kernel(
     splits = gl.num_programs(1)
     b = row // kv_heads
     h = row % kv_heads
+    if LENGTHS:
+        tokens = gl.minimum(tokens, gl.load(p_lengths + b).to(gl.int32))
     tiles = gl.cdiv(tokens, T)
     start = tiles * i_split // splits * T
     end = gl.minimum(tiles * (i_split + 1) // splits * T, tokens)
-    if LENGTHS:
-        end = gl.minimum(end, gl.load(p_lengths + b))
     whole = start + gl.maximum(end - start, 0) // T * T
     first = b if PAGE == 0 else b * 0  # pages are found through the table
     p_pages += b * pages_b

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .packed import Packed
 from .tiles import (
     AFFINE,
@@ -169,11 +170,11 @@ def _split(
         load_table(p_value_levels, VALUE_BITS, VALUE_MODE),
     )
 
+    if p_lengths is not None:
+        tokens = tl.minimum(tokens, tl.load(p_lengths + i_b).to(tl.int32))
     span = tl.cdiv(tl.cdiv(tokens, splits), BLOCK) * BLOCK
     first = i_split * span
     last = tl.minimum(first + span, tokens)
-    if p_lengths is not None:
-        last = tl.minimum(last, tl.load(p_lengths + i_b).to(tl.int32))
     top = tl.full([COLUMNS], START, tl.float32)
     mass = tl.zeros([COLUMNS], tl.float32)
     total = ()
@@ -282,7 +283,8 @@ def split(
     words = max(32 if 1 in key_bytes else 16, triton.next_power_of_2(dim // per))
     tile = 8 if columns <= 8 and torch.version.hip is None else 16
     big = words * tile >= 512
-    _split[batch * kv_heads, splits, triton.cdiv(columns, tile)](
+    launch(
+        _split, (batch * kv_heads, splits, triton.cdiv(columns, tile)),
         rotated, bias, key.planes, key.scale, key.levels, value.planes, value.scale, value.levels,
         partial, lse, lengths, mask, block_table, _strides(key), _strides(value),
         *key.scale.stride()[:2], *value.scale.stride()[:2], 0 if mask is None else mask.stride(0),

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Scratch, launch
 from .overlap import launch_options, let_next_start, wait_for_previous
 
 TILE = 32  # coordinates a program
@@ -82,7 +83,8 @@ def prepare(
         batch, kv_heads, columns = 1, 1, batch * kv_heads * columns  # one rotation for all: as the columns of one head
     pad = max(16, triton.next_power_of_2(dim))
     rows = 4 if batch * kv_heads * columns <= 512 else 64
-    _prepare[batch * kv_heads, triton.cdiv(columns, rows), triton.cdiv(dim, TILE)](
+    launch(
+        _prepare, (batch * kv_heads, triton.cdiv(columns, rows), triton.cdiv(dim, TILE)),
         query, key_back, key_mean, rotated, bias, *query.stride()[:3],
         0 if key_back.shape[0] == 1 else key_back.stride(0), 0 if key_mean is None else key_mean.stride(0),
         kv_heads, columns, queries, scaling,
@@ -96,8 +98,8 @@ def precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
-def empty(query: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised `rotated` and `bias` for `prepare`."""
+def empty(query: Tensor, kv_heads: int, memory: Tensor | Scratch) -> tuple[Tensor, Tensor]:
+    """Uninitialised `rotated` and `bias` for `prepare`, from `memory.new_empty`."""
     batch, heads, queries, dim = query.shape
-    rotated = query.new_empty(batch, kv_heads, heads // kv_heads * queries, dim, dtype=torch.float32)
-    return rotated, query.new_empty(rotated.shape[:3], dtype=torch.float32)
+    shape = batch, kv_heads, heads // kv_heads * queries
+    return memory.new_empty(*shape, dim, dtype=torch.float32), memory.new_empty(*shape, dtype=torch.float32)
