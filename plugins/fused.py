@@ -86,6 +86,14 @@ class Side:
 
         return is_uniform(self.scalar.levels)
 
+    @property
+    def constants(self):
+        """What steps of one token need to know."""
+        from tqcompress_kernels.step import Side as Constants
+
+        scalar = self.scalar
+        return Constants(self.levels, scalar.bits, scalar.step, self.uniform, self.back, self.mean, self.encoder)
+
     def packed(self, store: TokenStore):
         """The stored tokens as kernels read them."""
         from tqcompress_kernels.packed import Packed
@@ -107,7 +115,7 @@ class FusedGroup:
         """The backend, with the kernel that decodes and why it is that one."""
         name = "triton plain" if self.obstacle else "triton int8"
         reason = self.obstacle or "levels are on an int8 grid: codes go straight into int8 tensor cores"
-        return Backend(name, self.attend, reason, self.append)
+        return Backend(name, self.attend, reason, self.append, self.ring)
 
     @cached_property
     def obstacle(self) -> str | None:
@@ -125,6 +133,20 @@ class FusedGroup:
         if self.obstacle is not None:
             return plain.split
         return fast.FastSplit(*(fast.lookup(side.scalar.levels, self.device) for side in (self.key, self.value)))
+
+    @cached_property
+    def constants(self):
+        """What steps of one token need to know."""
+        from tqcompress_kernels.step import Constants
+
+        return Constants(*(side.constants for side in (self.key, self.value)), self.split)
+
+    def ring(self, states: Tensor, sinks: int, window: int):
+        """The exact tokens of a new cache."""
+        from ._fused_ring import FusedRing
+
+        self._check(states)
+        return FusedRing(self.constants, (self.key.planes, self.value.planes), states, sinks, window)
 
     def append(self, codec: Codec, vectors: Tensor, store: TokenStore) -> None:
         """Encode behind the last stored token."""
@@ -145,10 +167,10 @@ class FusedGroup:
         queries, share = query.shape[2], query.shape[1] // view.sinks[0].shape[1]
         padding = None if mask is None else _padding(mask, query)
         if mask is not None and padding is None:
-            _tell("masks of several queries or of single heads, or additive ones")
+            _tell("masks that are additive, differ between heads, or hide more than padding from several queries")
             return blockwise.attend(query, view, mask, scaling, softcap)
         key, value = self.key.packed(view.key), self.value.packed(view.value)
-        if queries == 1 or (queries * share <= FEW_QUERIES and mask is None):
+        if queries == 1 or queries * share <= FEW_QUERIES:
             return decode.decode_attention(
                 query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
                 view.recent, view.packed, scaling, softcap, mask=padding, split=self.split,
@@ -158,7 +180,7 @@ class FusedGroup:
                 query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
                 view.recent, view.packed, scaling, blockwise.WORKSPACE_BYTES,
             )  # fmt: skip
-        _tell("long chunks in float32 or with a soft cap of the scores")
+        _tell("long chunks in float32, with padding or with a soft cap of the scores")
         return blockwise.attend(query, view, mask, scaling, softcap)
 
     def _check(self, states: Tensor) -> None:
@@ -175,7 +197,9 @@ def _tell(what: str) -> None:
 
 
 def _padding(mask: Tensor, query: Tensor) -> Tensor | None:
-    """`[batch, tokens]` bool if the mask of a single query is that of padding, else None."""
+    """`[batch, tokens]` bool if the mask is that of padding (and causal), else None."""
+    if hasattr(mask, "visible"):
+        return mask.visible.expand(query.shape[0], -1)
     if query.shape[2] > 1 or mask.dtype != torch.bool or mask.shape[1] > 1:
         return None
     return mask[:, 0, 0].expand(query.shape[0], -1)

@@ -25,6 +25,8 @@ from tqcompress_kernels.encode import encode, encoder  # noqa: E402
 from tqcompress_kernels.encode_reference import pack  # noqa: E402
 from tqcompress_kernels.packed import Packed  # noqa: E402
 from tqcompress_kernels.prepare import prepare  # noqa: E402
+from tqcompress_kernels.ring import empty_ring  # noqa: E402
+from tqcompress_kernels.step import Constants, Side, ring_step  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -139,8 +141,22 @@ def coding(bits: int, dim: int, tokens: int) -> None:
     dequantize(side._replace(levels=levels), torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16), 0)
 
 
+def step(dtype: torch.dtype, int8_levels: bool) -> None:
+    """Compile a step with a ring."""
+    states = torch.zeros(1, 2, 1, 64, dtype=dtype)
+    levels = torch.tensor([-x for x in L3[::-1]] + L3).float()
+    split = fast.FastSplit(*[fast.lookup(levels, torch.device("cpu"))] * 2) if int8_levels else plain.split
+    identity = torch.eye(64)[None]
+    side = Side(levels, 3, None, False, identity, None, encoder(identity, None, levels, "fp16"))
+    store = packed(3, 512, 64, False, False)
+    buffers = store.planes, store.scale
+    ring, query = empty_ring(states, 4, 100), torch.zeros(1, 8, 1, 64, dtype=dtype)
+    ring_step(query, (states, states), ring, buffers, buffers, Constants(side, side, split), None, 0.1)
+
+
 L2, L3, L4 = [37, 123], [13, 40, 71, 113], [5, 15, 25, 36, 48, 62, 79, 104]
 EVERYWHERE = [lambda: split((4, 2), 64, 4, True), lambda: ends(torch.bfloat16, 1), lambda: coding(3, 64, 200)]
+EVERYWHERE.append(lambda: step(torch.bfloat16, False))
 # The ways of turning codes into levels, pages and options, thinly: one target each.
 ONCE = {
     "sm_80": [lambda: split((8, 5), 80, 4, False), lambda: ends(torch.float16, 64), lambda: int8(L4, [1, 3], 64, 4)],
@@ -148,7 +164,12 @@ ONCE = {
         lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True),
         lambda: int8(L3, L3, 128, 4),
     ],
-    "sm_90": [lambda: split((4, 4), 128, 4, True), lambda: ends(torch.float32, 1), lambda: int8(L4, L4, 128, 8, 64)],
+    "sm_90": [
+        lambda: split((4, 4), 128, 4, True),
+        lambda: ends(torch.float32, 1),
+        lambda: int8(L4, L4, 128, 8, 64),
+        lambda: step(torch.float16, True),
+    ],
     "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],
     "gfx942": [lambda: split((2, 6), 64, 4, False)],
 }

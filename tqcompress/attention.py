@@ -9,9 +9,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .blockwise import attend_exact
 from .errors import ModelError
+from .masks import causal_mask
+from .ring import StepView
 from .view import KVView
 
 NAME = "tqcompress"
@@ -39,7 +42,14 @@ def attention_forward(
     if not compressed and attention_mask is not None:
         # A static cache's mask is as wide as the cache, an empty cache's keys only as long as the prompt.
         attention_mask = attention_mask[..., : key.shape[2]]
-    if not compressed and softcap is None and s_aux is None:
+    plain = not compressed and softcap is None and s_aux is None
+    if plain and attention_mask is None and 1 < query.shape[2] < key.shape[2] and position_bias is None:
+        # `causal_mask` makes none: causal, the last query being the last token. Torch aligns the first ones.
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+        options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+        return output.transpose(1, 2).contiguous(), None
+    if plain:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -51,13 +61,23 @@ def attention_forward(
     if dropout:
         raise ModelError(f"{type(module).__name__}: attention dropout is on; call model.eval() first")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if compressed:
+    if isinstance(key, StepView):
+        output, lse = _attend_step(query, key, attention_mask, scaling, softcap)
+    elif compressed:
         output, lse = _attend_view(query, key, attention_mask, scaling, softcap)
     else:
         output, lse = attend_exact(query, key, value, attention_mask, scaling, softcap)
     if s_aux is not None:  # one more score without a value: it only takes weight away
         output = output * torch.sigmoid(lse - s_aux.float().view(1, -1, 1)).unsqueeze(-1)
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _attend_step(
+    query: Tensor, view: StepView, mask: Tensor | None, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and query.requires_grad and not torch.compiler.is_compiling():
+        return _Opaque.apply(query, view, mask, scaling, softcap)
+    return view.attend(query, mask, scaling, softcap)
 
 
 @torch.compiler.disable  # as CompressedLayer.update: lengths that grow would compile anew at every step
@@ -83,14 +103,13 @@ class _Opaque(torch.autograd.Function):
         )
 
 
-def register(name: str = NAME, function: Callable = attention_forward) -> None:
-    """Make an attention function known to transformers, by default "tqcompress", and boolean masks for it."""
+def register(name: str = NAME, function: Callable = attention_forward, mask: Callable = causal_mask) -> None:
+    """Make an attention function and its masks known to transformers, by default "tqcompress"."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, function)
     # Without its own entry the mask would silently be None, wrong for padded batches.
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, mask)
 
 
 @contextmanager

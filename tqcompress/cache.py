@@ -87,18 +87,22 @@ class CompressedLayer(DynamicLayer):
         self._release(keep=self.codecs.window + min(count, DRAFT_ROOM))
         return returned
 
+    def note_prompt(self, shown: Tensor | None, padding: Tensor | None) -> None:
+        """Tell an empty layer what its prompt hides: `[batch, tokens]` what is shown, and how far it is padded."""
+        self.padding = padding
+
     def _view(self) -> KVView:
         groups = []
         for group, (key, value) in zip(self.codecs.groups, self.stores, strict=True):
             exact = ((take_heads(k, group), take_heads(v, group)) for k, v in (self.sinks, self.recent))
             groups.append(GroupView(group, key, value, key.length, *exact))
-        return KVView(tuple(groups), self.codecs.num_kv_heads, self._positions())
+        return KVView(tuple(groups), self.codecs.num_kv_heads, self._positions(self.get_seq_length()))
 
-    def _positions(self) -> Tensor | None:
+    def _positions(self, tokens: int) -> Tensor | None:
         if self.order is None:
             return None
         batch, prompt = self.order.shape
-        later = torch.arange(prompt, self.get_seq_length(), device=self.order.device)
+        later = torch.arange(prompt, tokens, device=self.order.device)
         return torch.cat([self.order, later.expand(batch, -1)], dim=1)
 
     def _release(self, keep: int) -> None:
@@ -152,6 +156,11 @@ class CompressedLayer(DynamicLayer):
         if not self.is_initialized:
             return 0
         return self.sinks[0].shape[2] + self.stores[0][0].length + self.recent[0].shape[2]
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether there are any; never asks the device."""
+        return self.get_seq_length() > 0
 
     def get_max_length(self) -> int:
         """The length that storage was allocated for, or -1."""
@@ -217,6 +226,7 @@ class CompressedLayer(DynamicLayer):
         self._map(lambda states: states.to(self.device, non_blocking=True))
 
     def _map(self, function) -> None:
+        """Replace all that has a batch, which is its first axis."""
         if not self.is_initialized:
             return
         self.sinks, self.recent = (tuple(map(function, pair)) for pair in (self.sinks, self.recent))

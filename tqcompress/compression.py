@@ -19,6 +19,7 @@ from .errors import ModelError
 from .plan import SIDES, Group, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
+from .ring import ExactLayer, RingLayer
 from .view import Backend, GroupCodecs, LayerCodecs
 
 MODULE = "tqcompress"  # the submodule of a model that holds its codecs
@@ -141,7 +142,7 @@ class Compression(nn.Module):
             if codecs is None:
                 # transformers makes one mask for all full-attention layers: the exact ones must be as long as ours.
                 if type(layer) is StaticLayer and int(layer.get_seq_length()) == 0:
-                    cache.layers[index] = DynamicLayer()
+                    cache.layers[index] = ExactLayer(layer.max_cache_len) if self.steps else DynamicLayer()
                 continue
             if isinstance(layer, CompressedLayer) and layer.codecs is codecs:
                 continue
@@ -156,25 +157,35 @@ class Compression(nn.Module):
                     f"layer {index} of the given cache already holds {int(layer.get_seq_length())} tokens made with "
                     f"{owner}; start from an empty cache"
                 )
-            cache.layers[index] = CompressedLayer(codecs, getattr(layer, "max_cache_len", None))
+            size = getattr(layer, "max_cache_len", None)
+            steps = self.steps if size is not None else codecs.steps
+            cache.layers[index] = (RingLayer if steps else CompressedLayer)(codecs, size)
         if attention_mask is not None:
             self._note_padding(cache, attention_mask)
+
+    @property
+    def steps(self) -> bool:
+        """Whether every layer can take single tokens through rings, as caches of fixed size must."""
+        return all(codecs.steps for codecs in self.layers.values())
 
     def _note_padding(self, cache: Cache, attention_mask: "torch.Tensor | dict[str, torch.Tensor]") -> None:
         """Tell the layers of an empty cache where each prompt begins: the sinks are its first real tokens."""
         layers = [cache.layers[index] for index in self.layers]
-        if any(not isinstance(layer, CompressedLayer) or layer.get_seq_length() for layer in layers):
+        if any(not isinstance(layer, CompressedLayer) or layer.holds_tokens for layer in layers):
             return
         if isinstance(attention_mask, dict):  # one mask for each kind of layer, made by generate()
             attention_mask = attention_mask.get("full_attention")
         if attention_mask is None:
             return
         if attention_mask.dim() == 4:  # the last token of a prompt sees all of it but the padding
-            attention_mask = attention_mask[:, 0, -1]
+            prompt = attention_mask.shape[2]
+            attention_mask = attention_mask[:, 0, -1, :prompt]
             attention_mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        padding = attention_mask.long().argmax(1)
+        shown = attention_mask.bool()
+        shown = None if shown.all() else shown
+        padding = None if shown is None else shown.long().argmax(1)
         for layer in layers:
-            layer.padding = padding if padding.any() else None
+            layer.note_prompt(shown, padding if padding is not None and padding.any() else None)
 
 
 def _backend(group: Group, pair: nn.ModuleDict, device: torch.device) -> Backend:

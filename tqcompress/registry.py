@@ -78,9 +78,10 @@ class Plugins:
 
     def _load_builtin(self) -> None:
         package = importlib.import_module("tqcompress.plugins")
-        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
-            source = Source(module.name, "built-in")
-            self._add(source, lambda name=module.name: importlib.import_module(f"tqcompress.plugins.{name}"))
+        names = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+        for name in sorted(names):
+            source = Source(name, "built-in")
+            self._add(source, lambda name=name: importlib.import_module(f"tqcompress.plugins.{name}"))
 
     def _load_installed(self) -> None:
         allowed = os.environ.get(ALLOW_LIST)

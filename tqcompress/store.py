@@ -53,7 +53,7 @@ class TokenStore:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer, as reordering the batch or moving between devices does."""
-        self.buffers = {name: function(buffer) for name, buffer in self.buffers.items()}
+        self.buffers = {name: replaced(buffer, function) for name, buffer in self.buffers.items()}
 
     @property
     def nbytes(self) -> int:
@@ -77,3 +77,11 @@ class TokenStore:
             used = -(-self.length // field.tokens)
             new[:, :, :used] = old[:, :, :used]
             self.buffers[name] = new
+
+
+def replaced(buffer: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function(buffer)`, at the same place if it has the same size: recorded kernels then still find it."""
+    new = function(buffer)
+    if new.shape != buffer.shape or new.device != buffer.device:
+        return new
+    return buffer.copy_(new)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .codec import Codec
+from .masks import in_stored_order, shown_by
 from .store import TokenStore
+
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,58 @@ class Backend:
 
     `append(codec, vectors, store)`, if there is one, encodes `[batch, heads, tokens, head_dim]` straight into the
     room that was reserved behind the last row of `store`; without it `codec.encode` is called and its rows copied.
+    `ring(states, sinks, window)`, if there is one, makes an empty `RingTokens` for keys or values like `states`
+    `[batch, heads, tokens, head_dim]`; steps of one token then go through it.
     """
 
     name: str
     attend: Callable[..., tuple[Tensor, Tensor]]
     reason: str
     append: Callable[[Codec, Tensor, TokenStore], None] | None = None
+    ring: "Callable[[Tensor, int, int], RingTokens] | None" = None
+
+
+class RingTokens(Protocol):
+    """The exact tokens of a group, in buffers that never move, and the kernels of a step of one token.
+
+    Only the device needs to know how many tokens there are, so a step can be compiled or captured.
+    """
+
+    def fill(self, sinks: Pair, recent: Pair, packed: int) -> None:
+        """Hold these keys and values `[batch, heads, n, head_dim]`: all exact tokens, `packed` others between them."""
+
+    def read(self, length: int) -> tuple[Pair, Pair]:
+        """Copies of the sinks and the recent tokens when there are `length` tokens in all."""
+
+    def due(self, length: int) -> bool:
+        """Whether a step after `length` tokens encodes a block: then the stores need room for 64 more."""
+
+    def packed(self, length: int) -> int:
+        """Tokens in the stores when there are `length` in all."""
+
+    def step(
+        self, stores: "tuple[TokenStore, TokenStore]", query: Tensor, new: Pair | None, length: int | None,
+        mask: Tensor | None, scaling: float, softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attend to all tokens and the `new` one, which is kept; None: only attend.
+
+        `length` is None if the host does not know it. `mask` is bool `[batch, tokens]`. Returns the output, of the
+        query's shape and dtype, and the log-sum-exp `[batch, heads, 1]`, valid until the next step.
+        """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every buffer by what `function` makes of it with the batch as its first axis."""
+
+    def nbytes(self, length: int) -> int:
+        """Bytes of the exact tokens held when there are `length` tokens in all."""
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Everything that must stay where it is."""
+
+    @property
+    def length(self) -> Tensor:
+        """All tokens, packed ones included, int64 `[]`, on the device."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +96,11 @@ class LayerCodecs:
     window: int
     block: int
 
+    @property
+    def steps(self) -> bool:
+        """Whether steps of one token go through rings."""
+        return self.block == 1 and all(group.backend.ring is not None for group in self.groups)
+
 
 @dataclass(frozen=True)
 class GroupView:
@@ -66,14 +120,21 @@ class KVView:
     def __init__(self, groups: tuple[GroupView, ...], num_kv_heads: int, order: Tensor | None = None):
         self.groups, self.num_kv_heads = groups, num_kv_heads
         self.order = order  # `[batch, tokens]`: the position of each stored token, None if they are in order
+        self.note: Callable[[Tensor | None], None] | None = None  # told what the mask shows, `[batch, tokens]` or None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        group = self.groups[0]
+        return group.sinks[0].shape[2] + group.packed + group.recent[0].shape[2]
 
     def attend(
         self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """Each group's backend on its share of the query heads; arguments and result as in `blockwise.attend`."""
-        if self.order is not None and mask is not None:
-            mask = mask.expand(self.order.shape[0], *mask.shape[1:])
-            mask = mask.gather(-1, self.order[:, None, None].expand(*mask.shape[:-1], -1))
+        if self.note is not None:
+            self.note(shown_by(mask, self.tokens))
+        mask = in_stored_order(mask, self.order, self.tokens)
         if len(self.groups) == 1:
             return self.groups[0].codecs.backend.attend(query, self.groups[0], mask, scaling, softcap)
         share = query.shape[1] // self.num_kv_heads

@@ -160,11 +160,11 @@ class Stepper:
         self.tapes: dict[tuple, Tape] = {}
 
     def __call__(
-        self, query: Tensor, new: tuple[Tensor, Tensor] | None, length: int, base: int, mask: Tensor | None,
+        self, query: Tensor, new: tuple[Tensor, Tensor] | None, length: int | None, base: int, mask: Tensor | None,
         scaling: float, softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`ring_step` after `length` tokens; the log-sum-exp that it returns is overwritten by the next step."""
-        due = new is not None and is_due(length, base, self.ring.sinks, self.ring.room)
+        """`ring_step` after `length` tokens, None if only the device knows; the log-sum-exp that it returns is overwritten by the next step."""
+        due = new is not None and (length is None or is_due(length, base, self.ring.sinks, self.ring.room))
         out = query.new_empty(query.shape)
         varying = (query, out) if new is None else (query, out, *new)
         arguments = (query, new, mask, scaling, softcap, due, out)

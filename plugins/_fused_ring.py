@@ -1,0 +1,102 @@
+"""Steps of one token on CUDA: the exact tokens of a group in a ring that its kernels keep."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tqcompress.store import TokenStore, replaced
+from tqcompress.view import Pair
+from tqcompress_kernels.ring import empty_ring, is_due, packed_at, tokens_of
+from tqcompress_kernels.step import Constants, Stepper, step_op
+
+
+class FusedRing:
+    """The `RingTokens` of a group of heads; `planes` names the fields of the stores that hold codes."""
+
+    def __init__(
+        self, constants: Constants, planes: tuple[tuple[str, ...], ...], states: Tensor, sinks: int, window: int
+    ):
+        self.constants, self.planes, self.base = constants, planes, 0
+        self.ring = empty_ring(states, sinks, window)
+        self.stepper: Stepper | None = None
+        self.seen: list[Tensor] = []  # the buffers that the stepper's recorded launches read
+
+    def __deepcopy__(self, memo):
+        new = object.__new__(FusedRing)
+        new.__dict__ = self.__dict__ | {"stepper": None, "seen": []}
+        new.ring = self.ring._replace(exact=self.ring.exact.clone(), state=self.ring.state.clone())
+        return new
+
+    def fill(self, sinks: Pair, recent: Pair, packed: int) -> None:
+        """See `RingTokens`."""
+        exact = torch.stack([torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)])
+        count = exact.shape[3]
+        self.base = packed
+        self.ring.exact[:, :, :, :count] = exact
+        self.ring.state[:2] = torch.tensor([packed + count, packed])
+        self.ring.state[2:] = packed
+
+    def read(self, length: int) -> tuple[Pair, Pair]:
+        """See `RingTokens`."""
+        sinks = min(self.ring.sinks, length)
+        held = tokens_of(length, self.base, self.ring.sinks, self.ring.room)
+        rows = sorted((token, row) for row, token in enumerate(held) if token >= self.ring.sinks)
+        places = torch.tensor([row for _, row in rows], dtype=torch.int64, device=self.ring.exact.device)
+        keys, values = self.ring.exact
+        recent = keys.index_select(2, places), values.index_select(2, places)
+        return (keys[:, :, :sinks].clone(), values[:, :, :sinks].clone()), recent
+
+    def due(self, length: int) -> bool:
+        """See `RingTokens`."""
+        return is_due(length, self.base, self.ring.sinks, self.ring.room)
+
+    def packed(self, length: int) -> int:
+        """See `RingTokens`."""
+        return packed_at(length, self.base, self.ring.sinks, self.ring.room)
+
+    def step(
+        self, stores: tuple[TokenStore, TokenStore], query: Tensor, new: Pair | None, length: int | None,
+        mask: Tensor | None, scaling: float, softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `RingTokens`."""
+        (key, key_scale), (value, value_scale) = (
+            ([store.buffers[name] for name in names], store.buffers["scale"])
+            for names, store in zip(self.planes, stores, strict=True)
+        )
+        if torch.compiler.is_compiling():
+            ring = self.ring
+            return step_op(
+                query, list(new or ()), ring.exact, ring.state, ring.sinks, key, key_scale, value, value_scale,
+                self.constants.id, mask, scaling, softcap,
+            )  # fmt: skip
+        buffers = [*key, key_scale, *value, value_scale]
+        if self.stepper is None or any(a is not b for a, b in zip(buffers, self.seen, strict=True)):
+            self.stepper = Stepper(self.ring, (key, key_scale), (value, value_scale), self.constants)
+            self.seen = buffers
+        query, *new_pair = (x if x.stride(3) == 1 else x.contiguous() for x in (query, *(new or ())))
+        return self.stepper(query, tuple(new_pair) or None, length, self.base, mask, scaling, softcap)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """See `RingTokens`."""
+        exact = replaced(self.ring.exact, lambda states: function(states.transpose(0, 1)).transpose(0, 1).contiguous())
+        state = self.ring.state
+        if exact.shape[1] != state.shape[0] - 2:
+            state = torch.cat([state[:2], state[2:3].expand(exact.shape[1])])
+        if exact is not self.ring.exact or state is not self.ring.state:
+            self.ring, self.stepper = self.ring._replace(exact=exact, state=state.to(exact.device)), None
+
+    def nbytes(self, length: int) -> int:
+        """See `RingTokens`."""
+        exact = self.ring.exact
+        return exact[:, :, :, 0].numel() * exact.element_size() * (length - self.packed(length))
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """See `RingTokens`."""
+        return [self.ring.exact, self.ring.state]
+
+    @property
+    def length(self) -> Tensor:
+        """See `RingTokens`."""
+        return self.ring.state[0]

@@ -1,0 +1,263 @@
+"""`RingLayer`: a compressed layer whose steps of one token go through kernels that know the length on the device."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from .cache import CompressedLayer
+from .errors import ModelError
+from .masks import in_stored_order
+from .store import replaced
+from .view import KVView, LayerCodecs, Pair, RingTokens, take_heads
+
+BLOCK = 64  # tokens that leave a ring together
+
+
+class RingLayer(CompressedLayer):
+    """A growing layer, or with `max_tokens` one of fixed size whose steps torch can compile.
+
+    Exact tokens are in `sinks` and `recent`, as in `CompressedLayer`, while several tokens come at once, and in the
+    rings while it is `stepping`; a layer of fixed size goes back to its rings after every update.
+    """
+
+    def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None):
+        super().__init__(codecs, max_tokens)
+        self.fixed = max_tokens is not None
+        self.rings: list[RingTokens] = []
+        self.stepping = False
+        self.count = 0  # tokens while stepping, if the host knows: not with a fixed size
+        self.shown: Tensor | None = None  # `[batch, tokens]`: what is not hidden of a prompt, with a fixed size
+        self.visible: Tensor | None = None  # `[batch, >= tokens]`: the same in the order stored, read by the kernels
+
+    @property
+    def is_compileable(self) -> bool:
+        """Asked by generate() before it compiles the decoding steps."""
+        return self.fixed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As `CompressedLayer`; the buffers of a layer of fixed size stay where they are from now on."""
+        super().lazy_initialization(key_states, value_states)
+        self._make_rings(key_states)
+        if self.fixed:
+            self.visible = torch.ones(key_states.shape[0], self.max_tokens, dtype=torch.bool, device=self.device)
+            stores = (tensor for pair in self.stores for store in pair for tensor in store.buffers.values())
+            for tensor in (self.visible, *stores, *(tensor for ring in self.rings for tensor in ring.buffers)):
+                torch._dynamo.mark_static_address(tensor)  # as transformers' StaticLayer does: CUDA graphs need it
+
+    def _make_rings(self, states: Tensor) -> None:
+        sizes = self.codecs.sinks, self.codecs.window
+        self.rings = [group.backend.ring(take_heads(states, group), *sizes) for group in self.codecs.groups]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """As `CompressedLayer.update`; a single token is kept when attention reads the `StepView` that is returned."""
+        if key_states.shape[2] == 1 and (self.stepping or self._starts()):
+            return (StepView(self, (key_states, value_states)),) * 2
+        return self._update_many(key_states, value_states)
+
+    @torch.compiler.disable  # as CompressedLayer.update
+    def _update_many(self, key_states: Tensor, value_states: Tensor):
+        self.leave()
+        if self.fixed and self.is_initialized and not self.holds_tokens and self.batch != key_states.shape[0]:
+            self.is_initialized = False
+        if self.fixed and self.get_seq_length() + key_states.shape[2] > self.max_tokens:
+            raise ModelError(
+                f"layer {self.codecs.layer}: {self.get_seq_length()} tokens and {key_states.shape[2]} new ones are "
+                f"more than the cache's {self.max_tokens}; give a larger max_cache_len"
+            )
+        returned = super().update(key_states, value_states)
+        if self.fixed:
+            self.enter()
+            if isinstance(returned[0], KVView):
+                returned[0].note = self.note_visible
+        return returned
+
+    def _starts(self) -> bool:
+        """Whether the rings can take over for the first of some single tokens."""
+        if self.fixed or not self.holds_tokens:
+            return False
+        self.enter()
+        return True
+
+    def enter(self) -> None:
+        """Move the exact tokens into the rings."""
+        for ring, group, stores in zip(self.rings, self.codecs.groups, self.stores, strict=True):
+            sinks, recent = (tuple(take_heads(x, group) for x in pair) for pair in (self.sinks, self.recent))
+            ring.fill(sinks, recent, stores[0].length)
+        if self.fixed:
+            self._show()
+        self.count = None if self.fixed else self.get_seq_length()
+        empty = self.sinks[0].new_empty(*self.sinks[0].shape[:2], 0, self.sinks[0].shape[3])
+        self.sinks = self.recent = (empty, empty)
+        self.stepping = True
+
+    def leave(self) -> None:
+        """Move the exact tokens from the rings to `sinks` and `recent`."""
+        if not self.stepping:
+            return
+        length = self.tokens
+        parts = [ring.read(length) for ring in self.rings]
+        self.sinks, self.recent = (self._joined([part[i] for part in parts]) for i in (0, 1))
+        self._count_packed(length)
+        self.stepping = False
+
+    def _joined(self, pairs: list[Pair]) -> Pair:
+        """The heads of all groups, each in its place."""
+        if len(pairs) == 1:
+            return pairs[0]
+        place = self._order(1)
+        return tuple(torch.cat(parts, dim=1)[:, place] for parts in zip(*pairs, strict=True))
+
+    def _order(self, share: int) -> list[int]:
+        """Where each head is among those of all groups, one group after the other; `share` heads for each KV head."""
+        heads = [head * share + i for group in self.codecs.groups for head in group.heads for i in range(share)]
+        return [heads.index(head) for head in range(len(heads))]
+
+    def _count_packed(self, length: int) -> None:
+        for ring, pair in zip(self.rings, self.stores, strict=True):
+            for store in pair:
+                store.length = ring.packed(length)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return next(iter(self.stores[0][0].buffers.values())).shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens cached; asks the device if only that knows."""
+        if not self.stepping:
+            return super().get_seq_length()
+        return int(self.rings[0].length) if self.count is None else self.count
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether there are any; never asks the device."""
+        return self.stepping or super().get_seq_length() > 0
+
+    def get_seq_length(self) -> "int | Tensor":
+        """Tokens cached; on the device while a layer of fixed size steps, as in transformers' `StaticLayer`."""
+        if self.stepping:
+            return self.rings[0].length if self.fixed else self.count
+        return super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How wide a mask is, and where it begins."""
+        return (self.max_tokens, 0) if self.fixed else super().get_mask_sizes(query_length)
+
+    def attend(
+        self, new: Pair | None, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """One step: attention of a query `[batch, heads, 1, head_dim]`, with a new token that is kept, or without."""
+        visible, share, found = self._prepare(mask, new is not None), query.shape[1] // self.codecs.num_kv_heads, []
+        for group, ring, stores in zip(self.codecs.groups, self.rings, self.stores, strict=True):
+            pair, part = new, query
+            if len(self.rings) > 1:
+                pair = None if new is None else tuple(take_heads(states, group) for states in new)
+                part = query[:, [head * share + i for head in group.heads for i in range(share)]]
+            found.append(ring.step(stores, part, pair, self.count, visible, scaling, softcap))
+        if not self.fixed and new is not None:
+            self.count += 1
+        return found[0] if len(found) == 1 else tuple(
+            torch.cat(parts, dim=1)[:, self._order(share)] for parts in zip(*found, strict=True)
+        )  # fmt: skip
+
+    def _prepare(self, mask: Tensor | None, grows: bool) -> Tensor | None:
+        """Which tokens are seen, in the order stored; room for what the step encodes."""
+        if self.fixed:  # its mask only says what is not there yet, and what padding was noted
+            return None if self.shown is None else self.visible
+        if grows and self.rings[0].due(self.count):
+            self._count_packed(self.count)
+            for store in (store for pair in self.stores for store in pair):
+                store.reserve(BLOCK)
+        if mask is None:
+            return None
+        if not hasattr(mask, "row"):  # the layers of a model share the mask
+            mask.row = self._row(mask, self.count + grows)
+        return mask.row
+
+    def _row(self, mask: Tensor, tokens: int) -> Tensor:
+        """The mask of a query, bool `[batch, >= tokens]` in the order stored, at a place that stays."""
+        row = in_stored_order(mask, self._positions(tokens), tokens)[:, 0, 0]
+        row = row if row.dtype == torch.bool else row == 0
+        if self.visible is None or self.visible.shape[0] != self.batch or self.visible.shape[1] < tokens:
+            self.visible = row.new_ones(self.batch, tokens + max(tokens // 8, 1024))
+        self.visible[:, :tokens] = row
+        return self.visible
+
+    def note_prompt(self, shown: Tensor | None, padding: Tensor | None) -> None:
+        """As `CompressedLayer`; the steps of a layer of fixed size read no other mask."""
+        super().note_prompt(shown, padding)
+        self.shown = shown if self.fixed else None
+
+    def note_visible(self, shown: Tensor | None) -> None:
+        """What the mask of several tokens shows of all so far, `[batch, tokens]` or None for everything."""
+        self.shown = shown
+        self._show()
+
+    def _show(self) -> None:
+        if self.shown is None:
+            return
+        shown = self.shown.to(self.device)
+        place = self._positions(shown.shape[1])
+        self.visible.fill_(True)
+        self.visible[:, : shown.shape[1]] = shown if place is None else shown.gather(1, place)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `CompressedLayer.crop`."""
+        self.leave()
+        super().crop(tokens_to_remove)
+        if self.fixed and self.holds_tokens:
+            self.enter()
+
+    def reset(self) -> None:
+        """Forget all tokens. Buffers of a fixed size stay."""
+        if not self.fixed or not self.is_initialized:
+            super().reset()
+            self.rings = []
+        else:
+            for store in (store for pair in self.stores for store in pair):
+                store.crop(0)
+            self.sinks = self.recent = tuple(states[:, :, :0] for states in self.sinks)
+            self.padding = self.order = self.shown = None
+        self.stepping = False
+
+    def _map(self, function) -> None:
+        super()._map(function)
+        if self.is_initialized:
+            self.shown = None if self.shown is None else function(self.shown)
+            self.visible = None if self.visible is None else replaced(self.visible, function)
+            for ring in self.rings:
+                ring.map(function)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held."""
+        if not self.stepping:
+            return super().nbytes
+        self._count_packed(self.tokens)
+        exact = sum(ring.nbytes(self.tokens) for ring in self.rings)
+        return exact + sum(store.nbytes for pair in self.stores for store in pair)
+
+
+class StepView(KVView):
+    """What `RingLayer.update` returns for one token: attention appends it and attends, in one go."""
+
+    def __init__(self, layer: RingLayer, new: Pair):
+        self.layer, self.new = layer, new
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `KVView.attend`, the output in the query's dtype. Layers that share a cache may attend again."""
+        new, self.new = self.new, None
+        return self.layer.attend(new, query, mask, scaling, softcap)
+
+
+class ExactLayer(StaticLayer):
+    """A `StaticLayer` beside compressed ones: a prompt attends to itself, not to the whole buffer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """As `StaticLayer`, but an update of the empty layer returns what it was given."""
+        first = not self.is_initialized
+        kept = super().update(key_states, value_states, *args, **kwargs)
+        return (key_states, value_states) if first else kept
