@@ -1,0 +1,242 @@
+"""Times generation with a compressed cache against the same model without, on one CUDA device.
+
+Weights and cached tokens are random, in the shapes of real models: for speed and memory only. A cache is filled with
+random keys and values, then `generate()` continues; a decoding step is the median time between two of its tokens.
+Beside it stand the memory limits: the bytes of the weights and of the cache over the bandwidth of a plain read.
+
+    python scripts/bench_generate.py [--models llama-3.1-8b,...] [--cases 1x8K,...] [--setups bf16,4c,...]
+    python scripts/bench_generate.py --prefill 8K,32K,128K      # time to first token, peak memory
+    python scripts/bench_generate.py --million                  # 2**20 tokens in one sequence, 3 bits
+
+Setups: `bf16` and `bf16c` (static, compiled) are transformers' own caches, `hqq` its quantized cache; `4`, `3`, `2` are
+ours at that many bits, `c` behind it compiled.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import torch
+import triton
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config, StaticCache
+from transformers.generation.logits_process import LogitsProcessor
+
+import tqcompress
+
+MODELS = {
+    "llama-3.1-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 21, tie_word_embeddings=False,
+    ),
+    "qwen3-8b": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 21, tie_word_embeddings=False,
+    ),
+    "qwen2.5-0.5b": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=1 << 21, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+CASES = "1x8K,1x32K,1x128K,8x32K,32x8K"
+SETUPS = "bf16,bf16c,4,3,2,4c,3c,2c"
+WARM, STEPS = 6, 24
+CHUNK = 8192
+
+
+def number(text: str) -> int:
+    """`128K` -> 131072."""
+    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
+
+
+def read_bandwidth() -> float:
+    x = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
+    return x.nbytes / (triton.testing.do_bench(x.sum, return_mode="median") * 1e-3)
+
+
+def recipe(bits: int) -> dict:
+    side = {"bits": bits, "rotation": "hadamard"}
+    return {"version": 1, "key": side, "value": side, "keep": {"sinks": 4, "window": 128}}
+
+
+def build(name: str, layers: int | None):
+    config = MODELS[name]
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = None
+    if layers:
+        config.num_hidden_layers = layers
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model
+
+
+class Clock(LogitsProcessor):
+    """Notes when each step's logits are there to be read; generate() waits for every token."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores):
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def fill(model, cache, batch: int, tokens: int) -> None:
+    """Random keys and values in every layer."""
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = batch, config.num_key_value_heads, tokens, dim
+    keys = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    for layer in range(config.num_hidden_layers):
+        cache.update(keys, keys, layer)
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def decode(model, setup: str, batch: int, tokens: int) -> dict:
+    """Milliseconds a step and gigabytes."""
+    compiled = setup.endswith("c")
+    free()
+    steps = WARM + STEPS + 2
+    if compiled:
+        torch._dynamo.reset()
+        cache = StaticCache(config=model.config, max_cache_len=tokens + steps)
+    else:
+        cache = DynamicCache(config=model.config)
+    compression = getattr(model, "tqcompress", None)
+    if compression is not None:
+        compression.compress_layers(cache)
+    before = torch.cuda.memory_allocated()
+    fill(model, cache, batch, tokens)
+    free()
+    held = torch.cuda.memory_allocated() - before
+    ids = torch.ones(batch, tokens + 1, dtype=torch.long, device="cuda")
+    clock = Clock()
+    start = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=WARM + STEPS, do_sample=False,
+        logits_processor=[clock], disable_compile=not compiled,
+    )  # fmt: skip
+    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    return {
+        "ms": statistics.median(gaps[WARM:]) * 1e3, "cache_GB": held / 1e9,
+        "peak_GB": torch.cuda.max_memory_allocated() / 1e9, "first_s": gaps[0] + clock.times[0] - start,
+    }  # fmt: skip
+
+
+def bytes_read(model, tokens: int, batch: int, plan) -> tuple[float, float]:
+    """Bytes of weights and of the cache that a step must read."""
+    weights = sum(p.nbytes for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.nbytes
+    if plan is not None:
+        return weights, plan.nbytes(tokens, batch)
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return weights, 4.0 * batch * tokens * config.num_hidden_layers * config.num_key_value_heads * dim
+
+
+def one(model, setup: str, case: str, bandwidth: float) -> dict:
+    batch, tokens = (number(part) for part in case.split("x"))
+    plan = None
+    if setup[0].isdigit():
+        plan = tqcompress.apply(model, recipe(int(setup[0])))
+    try:
+        result = decode(model, setup, batch, tokens)
+    except torch.cuda.OutOfMemoryError:
+        result = {"ms": None}
+    weights, dense = bytes_read(model, tokens, batch, None)
+    _, own = bytes_read(model, tokens, batch, plan)
+    tqcompress.remove(model)
+    ideal, limit = (weights + dense) / bandwidth * 1e3, (weights + own) / bandwidth * 1e3
+    return {"case": case, "setup": setup, **result, "ideal_bf16_ms": ideal, "limit_ms": limit, "batch": batch}
+
+
+def show(result: dict) -> None:
+    if result["ms"] is None:
+        print(f"{result['case']:>7} {result['setup']:>6}  out of memory", flush=True)
+        return
+    print(
+        f"{result['case']:>7} {result['setup']:>6} {result['ms']:8.2f} ms {result['batch'] / result['ms'] * 1e3:8.0f} "
+        f"tokens/s  {result['ms'] / result['ideal_bf16_ms']:5.2f} of the ideal bf16 step, "
+        f"{result['ms'] / result['limit_ms']:5.2f} of its limit ({result['limit_ms']:.2f} ms)  "
+        f"cache {result['cache_GB']:6.2f} GB, peak {result['peak_GB']:6.2f} GB, first step {result['first_s']:.1f} s",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def prefill(model, tokens: int, bits: int | None, fixed: bool, chunk: int | None = None) -> dict:
+    """Seconds until the first logits, and gigabytes beyond the weights at most and then."""
+    plan = tqcompress.apply(model, recipe(bits)) if bits else None
+    ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
+    times = []
+    for _ in range(2):
+        free()
+        before = torch.cuda.memory_allocated()
+        kind = (
+            StaticCache(config=model.config, max_cache_len=tokens + 64) if fixed else DynamicCache(config=model.config)
+        )
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for part in ids.split(chunk or tokens, dim=1):
+            model(part, past_key_values=kind, logits_to_keep=1)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    tqcompress.remove(model)
+    planned = plan.nbytes(tokens) / 1e9 if plan else bytes_read(model, tokens, 1, None)[1] / 1e9
+    return {"s": min(times), "peak_GB": peak / 1e9, "held_GB": held / 1e9, "planned_GB": planned}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="llama-3.1-8b")
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--setups", default=SETUPS)
+    parser.add_argument("--layers", type=int, help="fewer layers, to try the script")
+    parser.add_argument("--prefill")
+    parser.add_argument("--million", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    bandwidth, results = read_bandwidth(), []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print("random weights and random tokens: speed and memory only")
+    for name in options.models.split(","):
+        model = build(name, options.layers)
+        print(f"\n{name}", flush=True)
+        if options.prefill:
+            for tokens in options.prefill.split(","):
+                for bits, fixed in ((None, False), (4, False), (4, True)):
+                    result = prefill(model, number(tokens), bits, fixed)
+                    kind = "bf16" if not bits else f"{bits} bits, {'fixed' if fixed else 'growing'}"
+                    text = ", ".join(f"{key} {value:.3f}" for key, value in result.items())
+                    print(f"prefill {tokens}, {kind}: {text}", flush=True)
+        elif options.million:
+            tqcompress.apply(model, recipe(3))
+            print("prefill in chunks:", prefill(model, 1 << 20, 3, False, CHUNK), flush=True)
+            for setup in ("3", "3c"):
+                show(one(model, setup, "1x1024K", bandwidth))
+        else:
+            for case in options.cases.split(","):
+                for setup in options.setups.split(","):
+                    results.append({"model": name} | one(model, setup, case, bandwidth))
+                    show(results[-1])
+        del model
+        free()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
