@@ -8,8 +8,8 @@ Beside it stand the memory limits: the bytes of the weights and of the cache ove
     python scripts/bench_generate.py --prefill 8K,32K,128K      # time to first token, peak memory
     python scripts/bench_generate.py --million                  # 2**20 tokens in one sequence, 3 bits
 
-Setups: `bf16` and `bf16c` (static, compiled) are transformers' own caches, `hqq` its quantized cache; `4`, `3`, `2` are
-ours at that many bits, `c` behind it compiled.
+Setups: `bf16` and `bf16c` (static, compiled) are transformers' own caches, `bf16f` the first without cuDNN's attention,
+which plans anew for every length; `4`, `3`, `2` are ours at that many bits, `c` behind it compiled.
 """
 
 import argparse
@@ -106,6 +106,7 @@ def free() -> None:
 def decode(model, setup: str, batch: int, tokens: int) -> dict:
     """Milliseconds a step and gigabytes."""
     compiled = setup.endswith("c")
+    torch.backends.cuda.enable_cudnn_sdp(setup != "bf16f")
     free()
     steps = WARM + STEPS + 2
     if compiled:
@@ -190,7 +191,7 @@ def prefill(model, tokens: int, bits: int | None, fixed: bool, chunk: int | None
         torch.cuda.synchronize()
         start = time.perf_counter()
         for part in ids.split(chunk or tokens, dim=1):
-            model(part, past_key_values=kind, logits_to_keep=1)
+            model(part, past_key_values=cache, logits_to_keep=1)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
