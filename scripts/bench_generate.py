@@ -185,9 +185,8 @@ def prefill(model, tokens: int, bits: int | None, fixed: bool, chunk: int | None
     for _ in range(2):
         free()
         before = torch.cuda.memory_allocated()
-        kind = (
-            StaticCache(config=model.config, max_cache_len=tokens + 64) if fixed else DynamicCache(config=model.config)
-        )
+        config = model.config
+        cache = StaticCache(config=config, max_cache_len=tokens + 64) if fixed else DynamicCache(config=config)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for part in ids.split(chunk or tokens, dim=1):
