@@ -20,11 +20,11 @@ class FusedRing:
         self.constants, self.planes, self.base = constants, planes, 0
         self.ring = empty_ring(states, sinks, window)
         self.stepper: Stepper | None = None
-        self.seen: list[Tensor] = []  # the buffers that the stepper's recorded launches read
+        self.seen = (0, 0)  # how often the stores had moved when the stepper recorded its launches
 
     def __deepcopy__(self, memo):
         new = object.__new__(FusedRing)
-        new.__dict__ = self.__dict__ | {"stepper": None, "seen": []}
+        new.__dict__ = self.__dict__ | {"stepper": None}
         new.ring = self.ring._replace(exact=self.ring.exact.clone(), state=self.ring.state.clone())
         return new
 
@@ -60,22 +60,28 @@ class FusedRing:
         mask: Tensor | None, scaling: float, softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `RingTokens`."""
-        (key, key_scale), (value, value_scale) = (
-            ([store.buffers[name] for name in names], store.buffers["scale"])
-            for names, store in zip(self.planes, stores, strict=True)
-        )
         if torch.compiler.is_compiling():
+            (key, key_scale), (value, value_scale) = self._rows(stores)
             ring = self.ring
             return step_op(
                 query, list(new or ()), ring.exact, ring.state, ring.sinks, key, key_scale, value, value_scale,
                 self.constants.id, mask, scaling, softcap,
             )  # fmt: skip
-        buffers = [*key, key_scale, *value, value_scale]
-        if self.stepper is None or any(a is not b for a, b in zip(buffers, self.seen, strict=True)):
-            self.stepper = Stepper(self.ring, (key, key_scale), (value, value_scale), self.constants)
-            self.seen = buffers
-        query, *new_pair = (x if x.stride(3) == 1 else x.contiguous() for x in (query, *(new or ())))
-        return self.stepper(query, tuple(new_pair) or None, length, self.base, mask, scaling, softcap)
+        seen = stores[0].moves, stores[1].moves
+        if self.stepper is None or seen != self.seen:
+            self.stepper, self.seen = Stepper(self.ring, *self._rows(stores), self.constants), seen
+        if query.stride(3) != 1:
+            query = query.contiguous()
+        if new is not None:
+            new = tuple(states if states.stride(3) == 1 else states.contiguous() for states in new)
+        return self.stepper(query, new, length, self.base, mask, scaling, softcap)
+
+    def _rows(self, stores: tuple[TokenStore, TokenStore]) -> list[tuple[list[Tensor], Tensor]]:
+        """Planes and scale of each side."""
+        return [
+            ([store.buffers[name] for name in names], store.buffers["scale"])
+            for names, store in zip(self.planes, stores, strict=True)
+        ]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """See `RingTokens`."""

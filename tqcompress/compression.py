@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from . import attention, blockwise
+from . import attention, blockwise, masks
 from .cache import CompressedLayer
 from .calibrate import Statistics
 from .errors import ModelError
@@ -103,12 +103,17 @@ class Compression(nn.Module):
             )
         model.set_attn_implementation(attention.NAME)
         self.arguments = arguments
+        whole = all(shape.kind != "full" or index in self.layers for index, shape in enumerate(self.plan.model.layers))
+        for config in (model.config, decoder.config):
+            masks.unread(config, whole and self.steps)
         self.hook = decoder.register_forward_pre_hook(self.prepare_cache, with_kwargs=True)
         model.add_module(MODULE, self)
 
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`."""
         self.hook.remove()
+        for config in (model.config, model.get_decoder().config):
+            masks.unread(config, False)
         model.set_attn_implementation(self.previous_attention)
         delattr(model, MODULE)
         model.__dict__.pop("_cache", None)  # older transformers keep the last static cache here

@@ -48,6 +48,11 @@ class TQCompressQuantizer(HfQuantizer):
         """No gradient flows through the cache."""
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """generate() may compile decoding steps; the cache says whether it can be."""
+        return True
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs):
         return model
 

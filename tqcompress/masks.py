@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+_UNREAD: set[int] = set()  # ids of the configs of models whose steps in caches of fixed size read no mask
+
+
+def unread(config, yes: bool) -> None:
+    """Whether steps of one token in a cache of fixed size need no mask: all full-attention layers know theirs."""
+    (_UNREAD.add if yes else _UNREAD.discard)(id(config))
+
 
 def causal_mask(**options) -> Tensor | None:
     """As transformers' `sdpa_mask`, with the same arguments; see above."""
     queries = options["q_length"]
     plain = options.get("mask_function", causal_mask_function) is causal_mask_function
-    if queries == 1 or not plain or not options.get("allow_is_causal_skip", True) or options.get("local_size"):
+    if not plain or options.get("local_size"):
+        return sdpa_mask(**options)
+    if queries == 1 and isinstance(options.get("q_offset"), Tensor) and id(options.get("config")) in _UNREAD:
+        return None  # generate() would make one from dozens of small operations at every step
+    if queries == 1 or not options.get("allow_is_causal_skip", True):
         return sdpa_mask(**options)
     padding = options.get("attention_mask")
     if torch.compiler.is_compiling() or options.get("kv_offset", 0) or (padding is not None and padding.dim() != 2):

@@ -21,6 +21,7 @@ class TokenStore:
 
     def __init__(self, layout: Layout, batch: int, heads: int, device: torch.device, capacity: int = 0):
         self.layout, self.length = layout, 0
+        self.moves = 0  # how often buffers were replaced: who keeps them elsewhere must look again
         capacity = -(-capacity // self.ALIGNMENT) * self.ALIGNMENT
         self.buffers = {
             name: torch.empty(batch, heads, -(-capacity // field.tokens), field.size, dtype=field.dtype, device=device)
@@ -54,6 +55,7 @@ class TokenStore:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer, as reordering the batch or moving between devices does."""
         self.buffers = {name: replaced(buffer, function) for name, buffer in self.buffers.items()}
+        self.moves += 1
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +79,7 @@ class TokenStore:
             used = -(-self.length // field.tokens)
             new[:, :, :used] = old[:, :, :used]
             self.buffers[name] = new
+            self.moves += 1
 
 
 def replaced(buffer: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

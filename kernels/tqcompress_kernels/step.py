@@ -163,7 +163,10 @@ class Stepper:
         self, query: Tensor, new: tuple[Tensor, Tensor] | None, length: int | None, base: int, mask: Tensor | None,
         scaling: float, softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`ring_step` after `length` tokens, None if only the device knows; the log-sum-exp that it returns is overwritten by the next step."""
+        """`ring_step` after `length` tokens, None if only the device knows.
+
+        The log-sum-exp that it returns is overwritten by the next step.
+        """
         due = new is not None and (length is None or is_due(length, base, self.ring.sinks, self.ring.room))
         out = query.new_empty(query.shape)
         varying = (query, out) if new is None else (query, out, *new)
@@ -178,7 +181,7 @@ class Stepper:
     def _repeat(self, varying: tuple[Tensor, ...], arguments: tuple) -> Tensor:
         """Replay the tape for such arguments, or make it; returns the log-sum-exp."""
         query, _, mask, scaling, softcap, due, _ = arguments
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(query.device.index)  # as Triton asks: no Python object is made
         place = None if mask is None else mask.data_ptr()
         name = (query.shape, query.dtype, *(x.stride() for x in varying), place, scaling, softcap, due, stream)
         tape = self.tapes.get(name)
