@@ -5,7 +5,7 @@ random keys and values, then `generate()` continues; a decoding step is the medi
 Beside it stand the memory limits: the bytes of the weights and of the cache over the bandwidth of a plain read.
 
     python scripts/bench_generate.py [--models llama-3.1-8b,...] [--cases 1x8K,...] [--setups bf16,4c,...]
-    python scripts/bench_generate.py --prefill 8K,32K,128K      # time to first token, peak memory
+    python scripts/bench_generate.py --prefill 8K,32K,128K [--chunk 8192]      # time to first token, peak memory
     python scripts/bench_generate.py --million                  # 2**20 tokens in one sequence, 3 bits
 
 Setups: `bf16` and `bf16c` (static, compiled) are transformers' own caches, `bf16f` the first without cuDNN's attention,
@@ -46,7 +46,6 @@ MODELS = {
 CASES = "1x8K,1x32K,1x128K,8x32K,32x8K"
 SETUPS = "bf16,bf16c,4,3,2,4c,3c,2c"
 WARM, STEPS = 6, 24
-CHUNK = 8192
 
 
 def number(text: str) -> int:
@@ -206,6 +205,7 @@ def main() -> None:
     parser.add_argument("--setups", default=SETUPS)
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script")
     parser.add_argument("--prefill")
+    parser.add_argument("--chunk", type=int, help="tokens of a chunk of the prompt")
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -218,13 +218,11 @@ def main() -> None:
         if options.prefill:
             for tokens in options.prefill.split(","):
                 for bits, fixed in ((None, False), (4, False), (4, True)):
-                    result = prefill(model, number(tokens), bits, fixed)
+                    result = prefill(model, number(tokens), bits, fixed, options.chunk)
                     kind = "bf16" if not bits else f"{bits} bits, {'fixed' if fixed else 'growing'}"
                     text = ", ".join(f"{key} {value:.3f}" for key, value in result.items())
                     print(f"prefill {tokens}, {kind}: {text}", flush=True)
         elif options.million:
-            tqcompress.apply(model, recipe(3))
-            print("prefill in chunks:", prefill(model, 1 << 20, 3, False, CHUNK), flush=True)
             for setup in ("3", "3c"):
                 show(one(model, setup, "1x1024K", bandwidth))
         else:
