@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tqcompress import HeadShape, Layout, RecipeError, ScalarLevels, TensorSpec, hookimpl
 from tqcompress.codebook import e4m3_levels, grid_step, int8_levels, lloyd_max, uniform_levels
-from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.packing import look_up, pack, plane_fields
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
 INT8_BITS = (1, 2, 3, 4, 8)  # where levels are on an int8 grid unless the recipe says otherwise
@@ -55,7 +55,7 @@ class TurboQuant(TransformedCodec):
 
     def dequantize(self, packed: dict[str, Tensor]) -> Tensor:
         """The levels of the codes."""
-        return self._levels_of(unpack(packed, self.bits, self.shape.head_dim))
+        return look_up(packed, self.bits, self.shape.head_dim, self.codebook)
 
     def levels(self) -> ScalarLevels | None:
         """The codebook in the stored basis: every fused kernel can read it."""

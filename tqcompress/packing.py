@@ -55,6 +55,36 @@ def unpack(packed: dict[str, Tensor], bits: int, count: int) -> Tensor:
     return codes
 
 
+def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor) -> Tensor:
+    """`levels[unpack(packed, bits, count)]`, float32: at 2 to 4 bits a byte's 2 or 4 levels are one lookup."""
+    if bits not in (2, 3, 4) or count % 16 or torch.compiler.is_compiling():
+        codes = unpack(packed, bits, count)
+        return levels.index_select(0, codes.flatten()).view(codes.shape)
+    kind = torch.complex64 if bits == 4 else torch.complex128  # as wide as the levels of a byte
+    index = packed["codes4" if bits == 4 else "codes2"].to(torch.int32)
+    if bits == 3:
+        even, odd = (packed["codes1"][..., i::2].to(torch.int32) << 8 for i in (0, 1))
+        for i, high in enumerate((even, odd, even >> 2, odd >> 2)):
+            index[..., i::4].bitwise_or_(high & 0x3300)
+    table = levels.index_select(0, _bytes(bits, index.device)).view(kind)
+    return table.index_select(0, index.flatten()).view(torch.float32).view(*index.shape[:-1], count)
+
+
+@cached_constant
+def _bytes(bits: int, device: torch.device) -> Tensor:
+    """The codes in each byte, one byte after the other; for 3 bits, of two low digits and, above them, the high ones.
+
+    The high bits of four coordinates are bits 8, 9, 12 and 13 of such an index, see the order above.
+    """
+    if bits != 3:
+        return (torch.arange(256, dtype=torch.int32, device=device)[:, None] >> _shifts(bits, device)).flatten() & (
+            (1 << bits) - 1
+        )
+    index = torch.arange(0x3400, dtype=torch.int32, device=device)[:, None]
+    high = (index >> torch.tensor([8, 9, 12, 13], dtype=torch.int32, device=device)) & 1
+    return ((index >> _shifts(2, device)) & 3 | high << 2).flatten()
+
+
 def _shuffled(bits: int, width: int) -> bool:
     """Whether a plane is the one of the high bits of 3-bit codes."""
     return bits == 3 and width == 1

@@ -94,8 +94,8 @@ class TransformedCodec(Codec):
 
     def decode_rotated(self, packed: dict[str, Tensor]) -> Tensor:
         """The decoded vectors in the stored basis, with the mean."""
-        y = self.dequantize(packed) * self._decode_scale(packed["scale"])
-        return y + self._turn(self.mean[:, None]) if self.options.center else y
+        y = self.dequantize(packed).mul_(self._decode_scale(packed["scale"]))
+        return y.add_(self._turn(self.mean[:, None])) if self.options.center else y
 
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The decoded vectors, float32."""
