@@ -80,7 +80,8 @@ class Plan:
         """Bytes of the whole cache after a decoding step that made it `tokens` long.
 
         Counts codes, scales, codec state (codebooks, rotations ...), exact tokens and uncompressed
-        layers, the exact ones in `dtype` (default: the model's). Spare room of a growing pool is not counted.
+        layers, the exact ones in `dtype` (default: the model's). Spare room of a growing pool is not counted,
+        nor up to 127 tokens more than the window that fused kernels keep exact until 64 are encoded together.
         """
         width = (dtype or self.model.dtype).itemsize
         total = 0
