@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqcompress.packing import pack, plane_fields, plane_widths, unpack
+from tqcompress.packing import look_up, pack, plane_fields, plane_widths, unpack
 
 BITS = range(1, 9)
 
@@ -118,3 +118,13 @@ def test_strided_input_and_other_code_dtypes(bits):
     assert torch.equal(unpack(views, bits, 13), codes[1::2, 1:3].to(torch.int32))
     assert torch.equal(codes, before)
     assert all(torch.equal(packed[name], plane) for name, plane in stored.items())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [13, 16, 20, 48, 80, 128])
+def test_looking_levels_up_equals_unpacking_first(bits, count):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (2, 3, 5, count), generator=generator)
+    levels = torch.randn(2**bits, generator=generator)
+    packed = {name: torch.cat([plane, plane], 2)[:, 1:, 5:] for name, plane in pack(codes, bits).items()}  # views
+    assert torch.equal(look_up(packed, bits, count, levels), levels[codes[:, 1:]])

@@ -37,8 +37,11 @@ def attend(
 
     def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
         exact = _OnlineSoftmax(query)
-        _add_exact(exact, query, *view.sinks, scores_of, 0)
-        _add_exact(exact, query, *view.recent, scores_of, sinks + view.packed)
+        if mask is None and query.shape[3] == 1:  # sees them all: in one go
+            _add_exact(exact, query, *map(torch.cat, zip(view.sinks, view.recent, strict=True), (2, 2)), scores_of, 0)
+        else:
+            _add_exact(exact, query, *view.sinks, scores_of, 0)
+            _add_exact(exact, query, *view.recent, scores_of, sinks + view.packed)
         rotated, coded = _by_head(key.rotate, query), _OnlineSoftmax(query)
         for start, stop in _blocks(view.packed, query, *multiples):
             block = key.decode_rotated(view.key.read(start, stop))

@@ -62,27 +62,31 @@ def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor) ->
         return levels.index_select(0, codes.flatten()).view(codes.shape)
     kind = torch.complex64 if bits == 4 else torch.complex128  # as wide as the levels of a byte
     index = packed["codes4" if bits == 4 else "codes2"].to(torch.int32)
-    if bits == 3:
-        even, odd = (packed["codes1"][..., i::2].to(torch.int32) << 8 for i in (0, 1))
-        for i, high in enumerate((even, odd, even >> 2, odd >> 2)):
-            index[..., i::4].bitwise_or_(high & 0x3300)
+    if bits == 3:  # four high bits above each byte of low ones; a byte of high bits goes to two of those, 8 codes apart
+        octets = packed["codes1"].to(torch.int32)
+        high = _high(octets.device).index_select(0, octets.flatten()).view(torch.int32)
+        high = high.view(*octets.shape[:-1], 2 * octets.shape[-1])
+        for i, j in enumerate((0, 2, 1, 3)):
+            index[..., j::4].bitwise_or_(high[..., i::4])
     table = levels.index_select(0, _bytes(bits, index.device)).view(kind)
     return table.index_select(0, index.flatten()).view(torch.float32).view(*index.shape[:-1], count)
 
 
 @cached_constant
 def _bytes(bits: int, device: torch.device) -> Tensor:
-    """The codes in each byte, one byte after the other; for 3 bits, of two low digits and, above them, the high ones.
-
-    The high bits of four coordinates are bits 8, 9, 12 and 13 of such an index, see the order above.
-    """
+    """The codes in each byte of the first plane, one byte after the other; of 3 bits with the high ones above it."""
+    index = torch.arange(4096 if bits == 3 else 256, dtype=torch.int32, device=device)[:, None]
     if bits != 3:
-        return (torch.arange(256, dtype=torch.int32, device=device)[:, None] >> _shifts(bits, device)).flatten() & (
-            (1 << bits) - 1
-        )
-    index = torch.arange(0x3400, dtype=torch.int32, device=device)[:, None]
-    high = (index >> torch.tensor([8, 9, 12, 13], dtype=torch.int32, device=device)) & 1
+        return ((index >> _shifts(bits, device)) & _mask(bits, 0)).flatten()
+    high = (index >> torch.arange(8, 12, dtype=torch.int32, device=device)) & 1
     return ((index >> _shifts(2, device)) & 3 | high << 2).flatten()
+
+
+@cached_constant
+def _high(device: torch.device) -> Tensor:
+    """For each byte of the high bits of 3-bit codes its two groups of four in bits 8 to 11, two int32 as one int64."""
+    octet = torch.arange(256, dtype=torch.int32, device=device)[:, None] >> torch.tensor([0, 2], device=device)
+    return ((octet & 3 | octet >> 2 & 12) << 8).to(torch.int32).view(torch.int64).flatten()
 
 
 def _shuffled(bits: int, width: int) -> bool:
