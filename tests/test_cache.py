@@ -116,6 +116,21 @@ def test_spare_room_is_bounded():
     assert store.nbytes <= store.allocated_nbytes <= store.nbytes * (1 + 256 / store.length) * 1.13
 
 
+def test_room_for_a_known_length_is_allocated_once():
+    """And beyond that length the cache grows on, with the same logits."""
+    pieces = prompt(220).split([40, *[1] * 180], dim=1)
+    want, _ = feed(compressed_model(TURBO), pieces)
+    model = compressed_model(TURBO | {"max_cache_len": 132})
+    cache, moves, logits = None, [], []
+    for piece in pieces:
+        part, cache = feed(model, [piece], cache)
+        logits.append(part)
+        moves.append(cache.layers[0].stores[0][0].moves)
+    assert moves[0] == 0 and moves[132 - 40] == 0, "allocated with the first tokens"
+    assert moves[-1] > 0
+    assert torch.equal(torch.cat(logits, 1), want)
+
+
 @pytest.mark.parametrize("keep", [{"sinks": 4, "window": 8}, {"sinks": 0, "window": 0}])
 def test_crop_to_every_length(keep):
     model, plain = compressed_model(lossless(keep=keep)), tiny_model("llama")

@@ -23,7 +23,10 @@ def check(message: str, source: str, *parts: str) -> None:
 
 # ------------------------------------------------------------------------------------------ what is refused
 
-TOP = "version, name, quantizer, key, value, keep, rules, center, balance, outliers, budget, calibration, tiers"
+TOP = (
+    "version, name, quantizer, key, value, keep, max_cache_len, rules, center, balance, outliers, budget, calibration, "
+    "tiers"
+)
 RULE = "layers, heads, skip, quantizer, key, value"
 TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, center, balance"
 GOOD = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one is not the first
@@ -31,6 +34,7 @@ GOOD = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one 
 # Changes to BASE, then what the message must contain: path, what was found, what is allowed.
 WRONG = {
     "unknown_top": ({"bit": 3}, "bit: unknown key", f"allowed: {TOP}"),
+    "no_room": ({"max_cache_len": 0}, "max_cache_len: found 0", "greater than 0"),
     "unknown_nested": ({"keep": {"sink": 4}}, "keep.sink: unknown key", "allowed: sinks, window"),
     "unknown_in_rule": ({"rules": [*GOOD, {"layer": 1}]}, "rules[1].layer: unknown key", f"allowed: {RULE}"),
     "unknown_in_key": ({"key": {"bits": 3, "rotate": 1}}, "key.rotate: unknown key", TURBOQUANT),

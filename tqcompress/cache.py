@@ -21,7 +21,7 @@ DRAFT_ROOM = 64
 
 
 class CompressedLayer(DynamicLayer):
-    """A growing cache layer; with `max_tokens` its packed storage is allocated once.
+    """A growing cache layer; with `max_tokens` its packed storage is allocated once, with `room` at first for so many.
 
     An update of the empty cache returns the dense keys and values (a prefill is exact), later ones a
     `KVView`. Positions are counted as in `DynamicLayer`: crop, reorder and the rest work as there.
@@ -30,9 +30,9 @@ class CompressedLayer(DynamicLayer):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None):
+    def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None, room: int = 0):
         super().__init__()
-        self.codecs, self.max_tokens = codecs, max_tokens
+        self.codecs, self.max_tokens, self.room = codecs, max_tokens, room
         self.stores: list[tuple[TokenStore, TokenStore]] = []
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None
@@ -58,7 +58,7 @@ class CompressedLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
         self.sinks = self.recent = (empty, empty)
-        capacity = max(0, (self.max_tokens or 0) - self.codecs.sinks)
+        capacity = max(0, (self.max_tokens or self.room) - self.codecs.sinks)
         self.stores = []
         for group in self.codecs.groups:
             self.stores.append(

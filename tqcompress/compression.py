@@ -164,7 +164,8 @@ class Compression(nn.Module):
                 )
             size = getattr(layer, "max_cache_len", None)
             steps = self.steps if size is not None else codecs.steps
-            cache.layers[index] = (RingLayer if steps else CompressedLayer)(codecs, size)
+            kind = RingLayer if steps else CompressedLayer
+            cache.layers[index] = kind(codecs, size, self.recipe.max_cache_len or 0)
         if attention_mask is not None:
             self._note_padding(cache, attention_mask)
 

@@ -158,6 +158,7 @@ class Recipe(_Model):
     key: Side
     value: Side
     keep: Keep = Keep()
+    max_cache_len: PositiveInt | None = None
     rules: list[Rule] = []
     center: Center = Center()
     balance: Literal["none", "diagonal", "key"] = "none"

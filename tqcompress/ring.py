@@ -20,8 +20,8 @@ class RingLayer(CompressedLayer):
     rings while it is `stepping`; a layer of fixed size goes back to its rings after every update.
     """
 
-    def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None):
-        super().__init__(codecs, max_tokens)
+    def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None, room: int = 0):
+        super().__init__(codecs, max_tokens, room)
         self.fixed = max_tokens is not None
         self.rings: list[RingTokens] = []
         self.stepping = False
