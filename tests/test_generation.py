@@ -170,6 +170,13 @@ def test_layers_that_stay_exact(skipped, cache, chunk):
     assert_same_tokens(*pair("llama", recipe), ids, attention_mask=mask, **settings)
 
 
+@pytest.mark.parametrize("skipped", [0, -1])
+def test_layers_that_stay_exact_see_several_new_tokens(skipped):
+    """Drafts: no mask is made for them, and none of them may see a later one."""
+    recipe = lossless(rules=[{"layers": skipped, "skip": True}])
+    assert_same_tokens(*pair("llama", recipe), prompt(30), prompt_lookup_num_tokens=3)
+
+
 def test_heads_with_their_own_settings(monkeypatch):
     exact = plugins().registry.codec("exact")
     monkeypatch.setitem(plugins().registry._codecs, "exact_too", type("ExactToo", (exact,), {"name": "exact_too"}))

@@ -34,10 +34,11 @@ def attend(
     """
     key, value, sinks = view.codecs.key, view.codecs.value, view.sinks[0].shape[2]
     multiples = (view.key.layout.block, view.value.layout.block)
+    alone = mask is None and query.shape[2] == 1
 
     def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
         exact = _OnlineSoftmax(query)
-        if mask is None and query.shape[3] == 1:  # sees them all: in one go
+        if alone:  # it sees them all: in one go
             _add_exact(exact, query, *map(torch.cat, zip(view.sinks, view.recent, strict=True), (2, 2)), scores_of, 0)
         else:
             _add_exact(exact, query, *view.sinks, scores_of, 0)

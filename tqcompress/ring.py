@@ -39,7 +39,8 @@ class RingLayer(CompressedLayer):
         super().lazy_initialization(key_states, value_states)
         self._make_rings(key_states)
         if self.fixed:
-            self.visible = torch.ones(key_states.shape[0], self.max_tokens, dtype=torch.bool, device=self.device)
+            width = self.max_tokens + self.codecs.window + 256  # more than the kernels ever read
+            self.visible = torch.ones(key_states.shape[0], width, dtype=torch.bool, device=self.device)
             stores = (tensor for pair in self.stores for store in pair for tensor in store.buffers.values())
             for tensor in (self.visible, *stores, *(tensor for ring in self.rings for tensor in ring.buffers)):
                 torch._dynamo.mark_static_address(tensor)  # as transformers' StaticLayer does: CUDA graphs need it
@@ -171,9 +172,14 @@ class RingLayer(CompressedLayer):
                 store.reserve(BLOCK)
         if mask is None:
             return None
-        if not hasattr(mask, "row"):  # the layers of a model share the mask
-            mask.row = self._row(mask, self.count + grows)
-        return mask.row
+        # The layers of a model share the mask, and so its row, until it is for another step or written over.
+        state = self.count + grows, None if mask.is_inference() else mask._version
+        row, *made = getattr(mask, "row", (None, None, None))
+        if row is None or row.made is not made[0] or made[1] != state:
+            row = self._row(mask, state[0])
+            row.made = object()
+            mask.row = row, row.made, state
+        return row
 
     def _row(self, mask: Tensor, tokens: int) -> Tensor:
         """The mask of a query, bool `[batch, >= tokens]` in the order stored, at a place that stays."""

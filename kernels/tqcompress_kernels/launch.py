@@ -53,11 +53,18 @@ def _address(arg):
     return arg.data_ptr() if isinstance(arg, Tensor) else arg
 
 
+def _aligned(tensors: Sequence[Tensor]) -> list[bool]:
+    return [tensor.data_ptr() % 16 == 0 for tensor in tensors]
+
+
 class Tape:
     """The launches of one call, to be repeated for other tensors in the place of `varying`."""
 
     def __init__(self, call: Callable[[], object], varying: Sequence[Tensor]):
-        """Run `call` and record it. Every tensor of `varying` is told from others by its address."""
+        """Run `call` and record it. Every tensor of `varying` is told from others by its address.
+
+        If two of them have the same one, it cannot be repeated, and nothing fits it.
+        """
         global _recording
         outer, _recording = _recording, []
         try:
@@ -66,7 +73,7 @@ class Tape:
         finally:
             _recording = outer
         places = {tensor.data_ptr(): i for i, tensor in enumerate(varying)}
-        self.aligned = [tensor.data_ptr() % 16 == 0 for tensor in varying]
+        self.aligned = _aligned(varying) if len(places) == len(varying) else None
         self.launches, self.patches, self.kept = [], [], launches
         for compiled, grid, args in launches:
             addresses = [_address(arg) for arg in args]
@@ -80,7 +87,7 @@ class Tape:
 
     def fits(self, varying: Sequence[Tensor]) -> bool:
         """Whether the recorded kernels, compiled for aligned or for any addresses, can take these."""
-        return [tensor.data_ptr() % 16 == 0 for tensor in varying] == self.aligned
+        return _aligned(varying) == self.aligned
 
     def replay(self, varying: Sequence[Tensor], stream: int) -> None:
         """Launch everything again."""
