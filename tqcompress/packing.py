@@ -57,7 +57,8 @@ def unpack(packed: dict[str, Tensor], bits: int, count: int) -> Tensor:
 
 def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor) -> Tensor:
     """`levels[unpack(packed, bits, count)]`, float32: at 2 to 4 bits a byte's 2 or 4 levels are one lookup."""
-    if bits not in (2, 3, 4) or count % 16 or torch.compiler.is_compiling():
+    whole = bits in (2, 3, 4) and count % 16 == 0 and levels.device.type in ("cpu", "cuda")  # others lack complex128
+    if not whole or torch.compiler.is_compiling():
         codes = unpack(packed, bits, count)
         return levels.index_select(0, codes.flatten()).view(codes.shape)
     kind = torch.complex64 if bits == 4 else torch.complex128  # as wide as the levels of a byte
