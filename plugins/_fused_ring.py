@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tqcompress.store import TokenStore, replaced
 from tqcompress.view import Pair
-from tqcompress_kernels.ring import empty_ring, is_due, packed_at, tokens_of
+from tqcompress_kernels.ring import empty_ring, packed_at, tokens_of
 from tqcompress_kernels.step import Constants, Stepper, step_op
 
 
@@ -47,10 +47,6 @@ class FusedRing:
         recent = keys.index_select(2, places), values.index_select(2, places)
         return (keys[:, :, :sinks].clone(), values[:, :, :sinks].clone()), recent
 
-    def due(self, length: int) -> bool:
-        """See `RingTokens`."""
-        return is_due(length, self.base, self.ring.sinks, self.ring.room)
-
     def packed(self, length: int) -> int:
         """See `RingTokens`."""
         return packed_at(length, self.base, self.ring.sinks, self.ring.room)
@@ -70,10 +66,6 @@ class FusedRing:
         seen = stores[0].moves, stores[1].moves
         if self.stepper is None or seen != self.seen:
             self.stepper, self.seen = Stepper(self.ring, *self._rows(stores), self.constants), seen
-        if query.stride(3) != 1:
-            query = query.contiguous()
-        if new is not None:
-            new = tuple(states if states.stride(3) == 1 else states.contiguous() for states in new)
         return self.stepper(query, new, length, self.base, mask, scaling, softcap)
 
     def _rows(self, stores: tuple[TokenStore, TokenStore]) -> list[tuple[list[Tensor], Tensor]]:

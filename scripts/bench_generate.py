@@ -1,6 +1,7 @@
 """Times generation with a compressed cache against the same model without, on one CUDA device.
 
-Weights and cached tokens are random, in the shapes of real models: for speed and memory only. A cache is filled with
+Weights, keys and values are random, prompts one token repeated, in the shapes of real models: they tell about speed
+and memory only. A cache is filled with
 random keys and values, then `generate()` continues; a decoding step is the median time between two of its tokens.
 Beside it stand the memory limits: the bytes of the weights and of the cache over the bandwidth of a plain read.
 
@@ -23,11 +24,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import torch
-import triton
+from bench_cpu import number
+from bench_decode import read_bandwidth
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config, StaticCache
 from transformers.generation.logits_process import LogitsProcessor
 
 import tqcompress
+from tqcompress.shape import ModelShape
 
 MODELS = {
     "llama-3.1-8b": LlamaConfig(
@@ -46,16 +49,6 @@ MODELS = {
 CASES = "1x8K,1x32K,1x128K,8x32K,32x8K"
 SETUPS = "bf16,bf16c,4,3,2,4c,3c,2c"
 WARM, STEPS = 6, 24
-
-
-def number(text: str) -> int:
-    """`128K` -> 131072."""
-    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
-
-
-def read_bandwidth() -> float:
-    x = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
-    return x.nbytes / (triton.testing.do_bench(x.sum, return_mode="median") * 1e-3)
 
 
 def recipe(bits: int) -> dict:
@@ -87,12 +80,10 @@ class Clock(LogitsProcessor):
 
 def fill(model, cache, batch: int, tokens: int) -> None:
     """Random keys and values in every layer."""
-    config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = batch, config.num_key_value_heads, tokens, dim
-    keys = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-    for layer in range(config.num_hidden_layers):
-        cache.update(keys, keys, layer)
+    layers = ModelShape.of(model).layers
+    keys = torch.randn(batch, layers[0].num_kv_heads, tokens, layers[0].head_dim, dtype=torch.bfloat16, device="cuda")
+    for index in range(len(layers)):
+        cache.update(keys, keys, index)
 
 
 def free() -> None:
@@ -141,9 +132,7 @@ def bytes_read(model, tokens: int, batch: int, plan) -> tuple[float, float]:
         weights -= model.get_input_embeddings().weight.nbytes
     if plan is not None:
         return weights, plan.nbytes(tokens, batch)
-    config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return weights, 4.0 * batch * tokens * config.num_hidden_layers * config.num_key_value_heads * dim
+    return weights, 2.0 * batch * tokens * sum(layer.values_per_token for layer in ModelShape.of(model).layers)
 
 
 def one(model, setup: str, case: str, bandwidth: float) -> dict:
@@ -211,7 +200,7 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth, results = read_bandwidth(), []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s")
-    print("random weights and random tokens: speed and memory only")
+    print("random weights, keys and values; prompts of one repeated token: speed and memory only")
     for name in options.models.split(","):
         model = build(name, options.layers)
         print(f"\n{name}", flush=True)

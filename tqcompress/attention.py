@@ -103,13 +103,13 @@ class _Opaque(torch.autograd.Function):
         )
 
 
-def register(name: str = NAME, function: Callable = attention_forward, mask: Callable = causal_mask) -> None:
+def register(name: str = NAME, function: Callable = attention_forward) -> None:
     """Make an attention function and its masks known to transformers, by default "tqcompress"."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, function)
     # Without its own entry the mask would silently be None, wrong for padded batches.
-    AttentionMaskInterface.register(name, mask)
+    AttentionMaskInterface.register(name, causal_mask)
 
 
 @contextmanager

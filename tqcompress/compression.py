@@ -190,8 +190,10 @@ class Compression(nn.Module):
         shown = attention_mask.bool()
         shown = None if shown.all() else shown
         padding = None if shown is None else shown.long().argmax(1)
+        if padding is not None and not padding.any():
+            padding = None
         for layer in layers:
-            layer.note_prompt(shown, padding if padding is not None and padding.any() else None)
+            layer.note_prompt(shown, padding)
 
 
 def _backend(group: Group, pair: nn.ModuleDict, device: torch.device) -> Backend:

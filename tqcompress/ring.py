@@ -8,9 +8,7 @@ from .cache import CompressedLayer
 from .errors import ModelError
 from .masks import in_stored_order
 from .store import replaced
-from .view import KVView, LayerCodecs, Pair, RingTokens, take_heads
-
-BLOCK = 64  # tokens that leave a ring together
+from .view import KVView, LayerCodecs, Pair, RingTokens, query_heads, take_heads
 
 
 class RingLayer(CompressedLayer):
@@ -110,7 +108,7 @@ class RingLayer(CompressedLayer):
 
     def _order(self, share: int) -> list[int]:
         """Where each head is among those of all groups, one group after the other; `share` heads for each KV head."""
-        heads = [head * share + i for group in self.codecs.groups for head in group.heads for i in range(share)]
+        heads = [head for group in self.codecs.groups for head in query_heads(group, share)]
         return [heads.index(head) for head in range(len(heads))]
 
     def _count_packed(self, length: int) -> None:
@@ -154,7 +152,7 @@ class RingLayer(CompressedLayer):
             pair, part = new, query
             if len(self.rings) > 1:
                 pair = None if new is None else tuple(take_heads(states, group) for states in new)
-                part = query[:, [head * share + i for head in group.heads for i in range(share)]]
+                part = query[:, query_heads(group, share)]
             found.append(ring.step(stores, part, pair, self.count, visible, scaling, softcap))
         if not self.fixed and new is not None:
             self.count += 1
@@ -166,10 +164,11 @@ class RingLayer(CompressedLayer):
         """Which tokens are seen, in the order stored; room for what the step encodes."""
         if self.fixed:  # its mask only says what is not there yet, and what padding was noted
             return None if self.shown is None else self.visible
-        if grows and self.rings[0].due(self.count):
+        coming = self.rings[0].packed(self.count + 1) - self.rings[0].packed(self.count)
+        if grows and coming:
             self._count_packed(self.count)
             for store in (store for pair in self.stores for store in pair):
-                store.reserve(BLOCK)
+                store.reserve(coming)
         if mask is None:
             return None
         # The layers of a model share the mask, and so its row, until it is for another step or written over.

@@ -43,9 +43,6 @@ class RingTokens(Protocol):
     def read(self, length: int) -> tuple[Pair, Pair]:
         """Copies of the sinks and the recent tokens when there are `length` tokens in all."""
 
-    def due(self, length: int) -> bool:
-        """Whether a step after `length` tokens encodes a block: then the stores need room for 64 more."""
-
     def packed(self, length: int) -> int:
         """Tokens in the stores when there are `length` in all."""
 
@@ -141,7 +138,7 @@ class KVView:
         output = query.new_empty(query.shape, dtype=torch.float32)
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         for group in self.groups:
-            heads = [head * share + i for head in group.codecs.heads for i in range(share)]
+            heads = query_heads(group.codecs, share)
             part = mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
             attend = group.codecs.backend.attend
             output[:, heads], lse[:, heads] = attend(query[:, heads], group, part, scaling, softcap)
@@ -153,6 +150,11 @@ class KVView:
             f"a compressed KV cache was read as a tensor (.{name}) by another attention implementation; "
             'use model.set_attn_implementation("tqcompress") or tqcompress.remove(model)'
         )
+
+
+def query_heads(group: GroupCodecs, share: int) -> list[int]:
+    """The query heads that read the group's KV heads, `share` each."""
+    return [head * share + i for head in group.heads for i in range(share)]
 
 
 def take_heads(states: Tensor, group: GroupCodecs) -> Tensor:

@@ -1,6 +1,6 @@
 """Launches that are recorded once and then repeated: a Triton launch from Python costs more than a short kernel.
 
-`launch` runs a kernel as usual. Inside `Tape.record` it also notes the compiled kernel and its arguments; `replay`
+`launch` runs a kernel as usual. While a `Tape` is made it also notes the compiled kernel and its arguments; `replay`
 hands them to the driver again, with the addresses of the tensors that differ from call to call in place of those that
 were recorded. All others must be the same tensors: caches that move need a new tape.
 """

@@ -6,6 +6,7 @@ version is `reference.decode_attention` over the tokens that `ring.tokens_of` te
 """
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -31,8 +32,7 @@ class Constants:
 
     def __init__(self, key: "Side", value: "Side", split: Callable[..., None]):
         self.key, self.value, self.split = key, value, split
-        self.id = len(_CONSTANTS.seen)
-        _CONSTANTS.seen.append(None)
+        self.id = next(_IDS)
         _CONSTANTS[self.id] = self
 
 
@@ -58,15 +58,8 @@ class Side(NamedTuple):
         return Packed(tuple(planes), scale, self.levels, self.bits, self.step, self.uniform)
 
 
-class _Registry(WeakValueDictionary):
-    """Constants by id; no id is given twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[None] = []
-
-
-_CONSTANTS = _Registry()
+_IDS = count()
+_CONSTANTS: WeakValueDictionary[int, Constants] = WeakValueDictionary()
 _SCRATCH: dict[tuple[torch.device, int], Scratch] = {}
 
 
@@ -130,12 +123,16 @@ def step_op(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`ring_step` for torch.compile, with the id of the constants; `new` may be empty."""
-    new = tuple(x if x.stride(3) == 1 else x.contiguous() for x in new)
-    query = query if query.stride(3) == 1 else query.contiguous()
+    query, *new = map(_readable, (query, *new))
     return ring_step(
-        query, new or None, Ring(exact, state, sinks), (key_planes, key_scale), (value_planes, value_scale),
+        query, tuple(new) or None, Ring(exact, state, sinks), (key_planes, key_scale), (value_planes, value_scale),
         _CONSTANTS[constants], mask, scaling, softcap, out=query.new_empty(query.shape),
     )  # fmt: skip
+
+
+def _readable(states: Tensor) -> Tensor:
+    """With the last stride 1, as kernels read it."""
+    return states if states.stride(3) == 1 else states.contiguous()
 
 
 @step_op.register_fake
@@ -168,6 +165,7 @@ class Stepper:
         The log-sum-exp that it returns is overwritten by the next step.
         """
         due = new is not None and (length is None or is_due(length, base, self.ring.sinks, self.ring.room))
+        query, new = _readable(query), None if new is None else tuple(map(_readable, new))
         out = query.new_empty(query.shape)
         varying = (query, out) if new is None else (query, out, *new)
         arguments = (query, new, mask, scaling, softcap, due, out)
