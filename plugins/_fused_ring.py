@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tqcompress.store import TokenStore, replaced
 from tqcompress.view import Pair
-from tqcompress_kernels.ring import empty_ring, packed_at, tokens_of
+from tqcompress_kernels.ring import empty_ring, packed_at, recent_rows
 from tqcompress_kernels.step import Constants, Stepper, step_op
 
 
@@ -34,18 +34,16 @@ class FusedRing:
         count = exact.shape[3]
         self.base = packed
         self.ring.exact[:, :, :, :count] = exact
-        self.ring.state[:2] = torch.tensor([packed + count, packed])
-        self.ring.state[2:] = packed
+        self.ring.state.fill_(packed)
+        self.ring.state[0] += count  # numbers of the host go into launches: copying them would wait for the device
 
     def read(self, length: int) -> tuple[Pair, Pair]:
         """See `RingTokens`."""
         sinks = min(self.ring.sinks, length)
-        held = tokens_of(length, self.base, self.ring.sinks, self.ring.room)
-        rows = sorted((token, row) for row, token in enumerate(held) if token >= self.ring.sinks)
-        places = torch.tensor([row for _, row in rows], dtype=torch.int64, device=self.ring.exact.device)
-        keys, values = self.ring.exact
-        recent = keys.index_select(2, places), values.index_select(2, places)
-        return (keys[:, :, :sinks].clone(), values[:, :, :sinks].clone()), recent
+        first, count = recent_rows(length, self.base, self.ring.sinks, self.ring.room)
+        recent = self.ring.exact[:, :, :, self.ring.sinks :]
+        parts = recent[:, :, :, first : first + count], recent[:, :, :, : max(0, first + count - self.ring.room)]
+        return tuple(self.ring.exact[:, :, :, :sinks].clone()), tuple(torch.cat(parts, dim=3))
 
     def packed(self, length: int) -> int:
         """See `RingTokens`."""

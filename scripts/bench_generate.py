@@ -1,16 +1,18 @@
 """Times generation with a compressed cache against the same model without, on one CUDA device.
 
 Weights, keys and values are random, prompts one token repeated, in the shapes of real models: they tell about speed
-and memory only. A cache is filled with
-random keys and values, then `generate()` continues; a decoding step is the median time between two of its tokens.
-Beside it stand the memory limits: the bytes of the weights and of the cache over the bandwidth of a plain read.
+and memory only. A cache is filled with random keys and values, then `generate()` continues; a decoding step is the
+median time between two of its tokens. Beside it stand the memory limits: the bytes of the weights and of the cache
+over the bandwidth of a plain read.
 
     python scripts/bench_generate.py [--models llama-3.1-8b,...] [--cases 1x8K,...] [--setups bf16,4c,...]
     python scripts/bench_generate.py --prefill 8K,32K,128K [--chunk 8192]      # time to first token, peak memory
     python scripts/bench_generate.py --million                  # 2**20 tokens in one sequence, 3 bits
 
 Setups: `bf16` and `bf16c` (static, compiled) are transformers' own caches, `bf16f` the first without cuDNN's attention,
-which plans anew for every length; `4`, `3`, `2` are ours at that many bits, `c` behind it compiled.
+which plans anew for every length; `hqq4` and `quanto4` its QuantizedCache. `4`, `3`, `2` are ours at that many bits,
+`c` behind it compiled, `a` compiled and with `custom_generate=tqcompress.run_ahead`, `m` that with torch's
+"max-autotune", which takes a minute more to compile.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
@@ -26,7 +29,16 @@ sys.path[:0] = [str(Path(__file__).parent)]
 import torch
 from bench_cpu import number
 from bench_decode import read_bandwidth
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    QuantizedCache,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
 from transformers.generation.logits_process import LogitsProcessor
 
 import tqcompress
@@ -47,7 +59,9 @@ MODELS = {
     ),
 }  # fmt: skip
 CASES = "1x8K,1x32K,1x128K,8x32K,32x8K"
-SETUPS = "bf16,bf16c,4,3,2,4c,3c,2c"
+SETUPS = "bf16,bf16f,bf16c,bf16m,hqq4,4,3,2,4c,3c,2c,4a,4m,3m,2m"
+COMPILED = "cam"  # how the names of such setups end
+KIVI = {"hqq": {"axis_key": 1, "axis_value": 1}, "quanto": {}}  # what each takes
 WARM, STEPS = 6, 24
 
 
@@ -92,32 +106,55 @@ def free() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-@torch.no_grad()
-def decode(model, setup: str, batch: int, tokens: int) -> dict:
-    """Milliseconds a step and gigabytes."""
-    compiled = setup.endswith("c")
+@contextmanager
+def applied(model, setup: str):
+    """The model as the setup has it; yields the plan, if there is one."""
     torch.backends.cuda.enable_cudnn_sdp(setup != "bf16f")
-    free()
-    steps = WARM + STEPS + 2
-    if compiled:
+    yield tqcompress.apply(model, recipe(int(setup[0]))) if setup[0].isdigit() else None
+    tqcompress.remove(model)
+
+
+def cache_for(model, setup: str, batch: int, tokens: int, more: int):
+    """A cache that holds `tokens` tokens, with room for `more`."""
+    config = model.config
+    if setup[:-1] in ("hqq", "quanto"):
+        cache = QuantizedCache(backend=setup[:-1], config=config, nbits=int(setup[-1]), **KIVI[setup[:-1]])
+    elif setup[-1] in COMPILED:
         torch._dynamo.reset()
-        cache = StaticCache(config=model.config, max_cache_len=tokens + steps)
+        cache = StaticCache(config=config, max_cache_len=tokens + more)
     else:
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=config)
     compression = getattr(model, "tqcompress", None)
     if compression is not None:
         compression.compress_layers(cache)
-    before = torch.cuda.memory_allocated()
     fill(model, cache, batch, tokens)
+    return cache
+
+
+def settings(setup: str, ids: torch.Tensor) -> dict:
+    """Arguments of `generate()`."""
+    found = {"attention_mask": torch.ones_like(ids), "do_sample": False, "disable_compile": setup[-1] not in COMPILED}
+    if setup[-1] in "am":
+        found["custom_generate"] = tqcompress.run_ahead
+    if setup[-1] == "m":
+        found["compile_config"] = CompileConfig(mode="max-autotune")
+    return found
+
+
+@torch.no_grad()
+def decode(model, setup: str, batch: int, tokens: int) -> dict:
+    """Milliseconds a step and gigabytes."""
+    free()
+    before = torch.cuda.memory_allocated()
+    cache = cache_for(model, setup, batch, tokens, WARM + STEPS + 2)
     free()
     held = torch.cuda.memory_allocated() - before
     ids = torch.ones(batch, tokens + 1, dtype=torch.long, device="cuda")
     clock = Clock()
     start = time.perf_counter()
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=WARM + STEPS, do_sample=False,
-        logits_processor=[clock], disable_compile=not compiled,
-    )  # fmt: skip
+        ids, past_key_values=cache, max_new_tokens=WARM + STEPS, logits_processor=[clock], **settings(setup, ids)
+    )
     gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
     return {
         "ms": statistics.median(gaps[WARM:]) * 1e3, "cache_GB": held / 1e9,
@@ -137,16 +174,13 @@ def bytes_read(model, tokens: int, batch: int, plan) -> tuple[float, float]:
 
 def one(model, setup: str, case: str, bandwidth: float) -> dict:
     batch, tokens = (number(part) for part in case.split("x"))
-    plan = None
-    if setup[0].isdigit():
-        plan = tqcompress.apply(model, recipe(int(setup[0])))
-    try:
-        result = decode(model, setup, batch, tokens)
-    except torch.cuda.OutOfMemoryError:
-        result = {"ms": None}
+    with applied(model, setup) as plan:
+        try:
+            result = decode(model, setup, batch, tokens)
+        except torch.cuda.OutOfMemoryError:
+            result = {"ms": None}
     weights, dense = bytes_read(model, tokens, batch, None)
     _, own = bytes_read(model, tokens, batch, plan)
-    tqcompress.remove(model)
     ideal, limit = (weights + dense) / bandwidth * 1e3, (weights + own) / bandwidth * 1e3
     return {"case": case, "setup": setup, **result, "ideal_bf16_ms": ideal, "limit_ms": limit, "batch": batch}
 

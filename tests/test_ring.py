@@ -9,7 +9,7 @@ from kernels_helpers import DEVICE
 from tqcompress_kernels import plain, reference
 from tqcompress_kernels.encode import encode, encoder
 from tqcompress_kernels.packed import plane_widths
-from tqcompress_kernels.ring import empty_ring, is_due, packed_at, room_for, tokens_of
+from tqcompress_kernels.ring import empty_ring, is_due, packed_at, recent_rows, room_for, tokens_of
 from tqcompress_kernels.step import Constants, Side, Stepper, ring_step, step_op
 
 HEADS, DIM, SCALING = 2, 64, 0.125
@@ -147,7 +147,11 @@ def test_the_window_is_always_in_the_ring(window, sinks, base):
     room = room_for(window)
     for length in range(sinks + base, sinks + base + 4 * room):
         packed = packed_at(length, base, sinks, room)
-        held = sorted(token for token in tokens_of(length, base, sinks, room) if token >= 0)
+        rows = tokens_of(length, base, sinks, room)
+        first, count = recent_rows(length, base, sinks, room)
+        recent = [rows[sinks + (first + i) % room] for i in range(count)]
+        assert recent == list(range(length - count, length)) == sorted(token for token in rows[sinks:] if token >= 0)
+        held = sorted(token for token in rows if token >= 0)
         assert held == [*range(min(sinks, length)), *range(sinks + packed, length)]
         assert packed == base or length - packed - sinks >= window
         after = packed_at(length + 1, base, sinks, room)

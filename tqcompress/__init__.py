@@ -11,6 +11,7 @@ from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompr
 from .hf import TQCompressConfig
 from .hookspecs import hookimpl
 from .recipe import Recipe
+from .run_ahead import run_ahead
 from .version import __version__
 from .view import Backend
 
@@ -35,5 +36,6 @@ __all__ = [
     "hookimpl",
     "load",
     "remove",
+    "run_ahead",
     "save",
 ]

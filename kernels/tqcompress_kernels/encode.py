@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .encode_kernel import encode_kernel
 from .launch import launch
+from .overlap import launch_options
 from .packed import plane_widths
 from .ring import BLOCK, Ring
 from .storage import aligned, units
@@ -277,5 +278,6 @@ def _launch(
         BLOCK=block,
         ROOM=0 if ring is None else ring.room,
         COUNT=count,
+        **({"OVERLAP": False} if ring is None else launch_options(x.device)),
         **tiling.options,
     )

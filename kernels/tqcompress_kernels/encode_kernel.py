@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .overlap import let_next_start, wait_for_previous
 from .quantize import levels_of, quantized
 from .ring import due_block
 from .storage import offset_of, shuffled, store_words
@@ -52,9 +53,13 @@ def encode_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,  # rows of the ring, 0 without one
-    COUNT: tl.constexpr,  # write the ring's number of packed tokens
+    COUNT: tl.constexpr,  # write the ring's number of packed tokens; this is the first launch of a step
+    OVERLAP: tl.constexpr,
 ):
     """Tiles `program_id(0) * per` and on of head `program_id(1)`."""
+    if COUNT:
+        wait_for_previous(OVERLAP)
+    let_next_start(OVERLAP)
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * per
     x_row = 0
@@ -112,6 +117,8 @@ def encode_kernel(
                 store_words(rows, words[i], seen, WIDTHS[i], DIM // 8, ALIGNED)
         rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
         tl.store(rows, _scale(stored, LOG_SCALE), mask=seen)
+    if not COUNT:
+        wait_for_previous(OVERLAP)
 
 
 @triton.jit

@@ -54,6 +54,12 @@ def is_due(length: int, base: int, sinks: int, room: int) -> bool:
     return packed_at(length + 1, base, sinks, room) > packed_at(length, base, sinks, room)
 
 
+def recent_rows(length: int, base: int, sinks: int, room: int) -> tuple[int, int]:
+    """The row of the ring, sinks left out, with the oldest recent token, and how many there are: with wrap around."""
+    packed = packed_at(length, base, sinks, room)
+    return (packed - base) % room, max(0, length - sinks - packed)
+
+
 def tokens_of(length: int, base: int, sinks: int, room: int) -> list[int]:
     """The token that each row of the buffers holds when there are `length`, -1 for none: the naive version."""
     found = [i if i < length else -1 for i in range(sinks)] + [-1] * room
