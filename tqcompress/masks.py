@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 HIDDEN = -1e4  # an added number up to this one leaves a token no weight: exp(-104) is 0 in float32
-_UNREAD: set[int] = set()  # ids of the configs of models whose steps in caches of fixed size read no mask
+_UNREAD: set[int] = set()  # ids of the configs of models for which steps in caches of fixed size need no mask
 
 
 def unread(config, yes: bool) -> None:

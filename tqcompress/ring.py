@@ -209,7 +209,7 @@ class RingLayer(CompressedLayer):
         return self.visible
 
     def note_prompt(self, shown: Tensor | None, padding: Tensor | None) -> None:
-        """As `CompressedLayer`; the steps of a layer of fixed size read no other mask."""
+        """As `CompressedLayer`; compiled steps of a layer of fixed size read no other mask."""
         super().note_prompt(shown, padding)
         self.shown = shown if self.fixed else None
 
