@@ -164,24 +164,19 @@ class FusedGroup:
         from tqcompress_kernels import chunk, decode
 
         self._check(query)
-        queries, share = query.shape[2], query.shape[1] // view.sinks[0].shape[1]
-        padding = None if mask is None else _padding(mask, query)
-        if mask is not None and padding is None:
-            _tell("masks that are additive, differ between heads, or hide more than padding from several queries")
+        if mask is not None and mask.dim() != 2:
+            _tell("masks that differ between heads, add to scores, or hide more than padding from several queries")
             return blockwise.attend(query, view, mask, scaling, softcap)
+        columns = query.shape[2] * query.shape[1] // view.sinks[0].shape[1]
+        mask = None if mask is None else mask.expand(query.shape[0], -1)
         key, value = self.key.packed(view.key), self.value.packed(view.value)
-        if queries == 1 or queries * share <= FEW_QUERIES:
-            return decode.decode_attention(
-                query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
-                view.recent, view.packed, scaling, softcap, mask=padding, split=self.split,
-            )  # fmt: skip
-        if chunk.takes(query, softcap) and mask is None:
-            return chunk.chunk_attention(
-                query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks,
-                view.recent, view.packed, scaling, blockwise.WORKSPACE_BYTES,
-            )  # fmt: skip
-        _tell("long chunks in float32, with padding or with a soft cap of the scores")
-        return blockwise.attend(query, view, mask, scaling, softcap)
+        arguments = (
+            query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks, view.recent,
+            view.packed, scaling, softcap,
+        )  # fmt: skip
+        if query.shape[2] == 1 or columns <= FEW_QUERIES:
+            return decode.decode_attention(*arguments, mask=mask, split=self.split)
+        return chunk.chunk_attention(*arguments, mask, blockwise.WORKSPACE_BYTES)
 
     def _check(self, states: Tensor) -> None:
         if states.device != self.device:
@@ -194,12 +189,3 @@ class FusedGroup:
 @cache
 def _tell(what: str) -> None:
     warnings.warn(f"fused kernels do not take {what}; such calls attend in plain torch, slowly", stacklevel=2)
-
-
-def _padding(mask: Tensor, query: Tensor) -> Tensor | None:
-    """`[batch, tokens]` bool if the mask is that of padding (and causal), else None."""
-    if hasattr(mask, "visible"):
-        return mask.visible.expand(query.shape[0], -1)
-    if query.shape[2] > 1 or mask.dtype != torch.bool or mask.shape[1] > 1:
-        return None
-    return mask[:, 0, 0].expand(query.shape[0], -1)

@@ -95,24 +95,34 @@ def decode_case(
     return max(((got - want).norm() / want.norm().clamp_min(1e-30)).item(), lse / max(1.0, want_lse.abs().max().item()))
 
 
-def chunk_case(dim: int, share: int, tokens: int, queries: int, dtype: str) -> float:
-    """Relative error of a continuation chunk, in the units of what bf16 or fp16 attention rounds anyway."""
+def chunk_case(dim: int, share: int, tokens: int, queries: int, dtype: str, options: tuple[str, ...] = ()) -> float:
+    """Relative error of a continuation chunk, in the units of what its number format rounds anyway."""
     from tqcompress_kernels import chunk, reference
 
     torch.manual_seed(0)
     k, v = (random_side("4", 2, 2, tokens, dim, "random") for _ in range(2))
     kind = getattr(torch, dtype)
-    query = torch.randn(2, 2 * share, queries, dim, device=DEVICE, dtype=kind)
+    query = torch.randn(2, queries, 2 * share, dim, device=DEVICE, dtype=kind).transpose(1, 2)
     basis = torch.linalg.qr(torch.randn(dim, dim, device=DEVICE)).Q[None].contiguous()
     sinks, recent = (
         tuple(torch.randn(2, 2, n, dim, device=DEVICE, dtype=kind) for _ in range(2)) for n in (4, queries + 64)
     )
-    arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), None, None, sinks, recent, tokens, dim**-0.5)
-    got, _ = chunk.chunk_attention(query, *arguments, workspace_bytes=1 << 20)
-    want, _ = reference.decode_attention(query.double(), *arguments)
+    means = [torch.randn(2, dim, device=DEVICE) / 4 if "means" in options else None for _ in range(2)]
+    softcap, mask = 5.0 if "softcap" in options else None, None
+    if "mask" in options:  # padding behind the sinks, tokens here and there, and in a row all before the chunk's middle
+        mask = torch.rand(2, 4 + tokens + queries + 64, device=DEVICE) > 0.1
+        mask[0, 4 : 4 + tokens // 2] = False
+        mask[1, : -queries // 2] = False
+    arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), *means, sinks, recent, tokens, dim**-0.5, softcap)
+    junk = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)]
+    del junk  # what the allocator hands out next is poisoned
+    got, lse = chunk.chunk_attention(query, *arguments, mask, workspace_bytes=1 << 20)
+    want, want_lse = reference.decode_attention(query.double(), *arguments, None, mask)
+    if not (got.isfinite().all() and torch.equal(lse.isfinite(), want_lse.isfinite())):
+        return float("inf")
     error = ((got - want).norm() / want.norm()).item()
     # Rounded to half precision: rotated query, decoded keys and values, weights, each by half a unit in the last place.
-    return error * BOUND / (4 * torch.finfo(kind).eps)
+    return error * BOUND / max(4 * torch.finfo(kind).eps, 2.0**-16)
 
 
 def encode_case(bits: int, dim: int, dtype: str, inputs: str, scale_format: str, hadamard: bool, tokens: int) -> float:
@@ -210,6 +220,12 @@ def cases(small: bool):
     if not small:
         for dim, dtype in ((128, "bfloat16"), (64, "float16"), (256, "bfloat16")):
             add(chunk_case, dim, 4, 1500, 300, dtype)
+            for options in (("mask",), ("softcap", "means"), ("mask", "softcap", "means")):
+                add(chunk_case, dim, 4, 1500, 300, dtype, options)
+        for dim, options in ((128, ()), (128, ("mask",)), (64, ("mask", "softcap", "means")), (256, ("mask",))):
+            add(chunk_case, dim, 2, 1500, 300, "float32", options)
+        for share, queries in ((1, 33), (1, 64), (3, 129)):  # tiles that are not full
+            add(chunk_case, 80, share, 1500, queries, "bfloat16", ("mask",))
     for bits in range(1, 9):
         add(encode_case, bits, 128, "bfloat16", "random", "fp16", True, tokens)
     for dim in (64, 80, 96, 192, 256):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 sys.path.insert(0, str(ROOT))
 
 from tqcompress_kernels import encode as encoding  # noqa: E402
-from tqcompress_kernels import fast, overlap, plain  # noqa: E402
+from tqcompress_kernels import fast, flash, overlap, plain  # noqa: E402
 from tqcompress_kernels.combine import combine  # noqa: E402
 from tqcompress_kernels.dequantize import dequantize  # noqa: E402
 from tqcompress_kernels.encode import encode, encoder  # noqa: E402
@@ -141,6 +141,13 @@ def coding(bits: int, dim: int, tokens: int) -> None:
     dequantize(side._replace(levels=levels), torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16), 0)
 
 
+def attention(dtype: torch.dtype, dim: int) -> None:
+    """Compile `flash.attention`: what chunks with padding and a soft cap need, and their own causal part."""
+    states, bias = torch.zeros(1, 4, 200, dim, dtype=dtype), torch.zeros(1, 4, 200)
+    flash.attention(states, states, states, 0.1, 30.0, torch.ones(1, 200, dtype=torch.bool), bias)
+    flash.attention(states, states[:, :2], states[:, :2], 0.1, None, torch.ones(1, 200, dtype=torch.bool), causal=True)
+
+
 def step(dtype: torch.dtype, int8_levels: bool) -> None:
     """Compile a step with a ring."""
     states = torch.zeros(1, 2, 1, 64, dtype=dtype)
@@ -156,11 +163,17 @@ def step(dtype: torch.dtype, int8_levels: bool) -> None:
 
 L2, L3, L4 = [37, 123], [13, 40, 71, 113], [5, 15, 25, 36, 48, 62, 79, 104]
 EVERYWHERE = [lambda: split((4, 2), 64, 4, True), lambda: ends(torch.bfloat16, 1), lambda: coding(3, 64, 200)]
-EVERYWHERE.append(lambda: step(torch.bfloat16, False))
+EVERYWHERE += [lambda: step(torch.bfloat16, False), lambda: attention(torch.bfloat16, 128)]
 # The ways of turning codes into levels, pages and options, thinly: one target each.
 ONCE = {
-    "sm_80": [lambda: split((8, 5), 80, 4, False), lambda: ends(torch.float16, 64), lambda: int8(L4, [1, 3], 64, 4)],
+    "sm_80": [
+        lambda: split((8, 5), 80, 4, False),
+        lambda: ends(torch.float16, 64),
+        lambda: int8(L4, [1, 3], 64, 4),
+        lambda: attention(torch.float32, 128),
+    ],
     "sm_89": [
+        lambda: attention(torch.bfloat16, 256),
         lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True),
         lambda: int8(L3, L3, 128, 4),
     ],

@@ -53,9 +53,10 @@ def reference(query, key, value, mask, scaling, softcap):
     scores = query.double() @ key.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
+    if mask is None or mask.dim() == 2:
         queries, tokens = scores.shape[2:]
-        mask = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+        causal = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+        mask = causal if mask is None else causal & mask[:, None, None]
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     lse = scores.logsumexp(-1)
     weights = torch.where(lse[..., None] == -torch.inf, 0.0, (scores - lse[..., None]).exp())
@@ -81,6 +82,8 @@ def bounds(query, key, value, scaling, mask):
 def make_mask(kind, batch, heads, queries, tokens, generator):
     if kind == "causal":
         return None
+    if kind == "padding":
+        return torch.rand(batch, tokens, generator=generator) < 0.6
     rows = heads if kind == "heads" else 1
     seen = torch.rand(batch, rows, queries, tokens, generator=generator) < 0.6
     return torch.randn(seen.shape, generator=generator) if kind == "float" else seen
@@ -105,7 +108,7 @@ sizes = {
     "share": st.integers(1, 5),
     "queries": st.integers(1, 9),
     "dim": st.sampled_from([4, 8, 12, 20, 32]),
-    "mask": st.sampled_from(["causal", "bool", "float", "heads"]),
+    "mask": st.sampled_from(["causal", "padding", "bool", "float", "heads"]),
     "softcap": st.sampled_from([None, 2.0, 30.0]),
     "workspace": st.sampled_from([1, 3000, 20000, 1 << 25]),
     "at_once": st.sampled_from([1, 2, 4, 256]),

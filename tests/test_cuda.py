@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model
+from transformers import DynamicCache, StaticCache
 
 import tqcompress
 
@@ -64,3 +65,29 @@ def test_decoding_does_not_wait_for_the_device(ids):
             view.attend(keys.repeat_interleave(3, 1), None, 0.25, None)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padding_does_not_wait_for_the_device(ids):
+    """A step, a draft and a chunk with a mask; in a cache of fixed size the step's mask is read, too."""
+    model = tiny_model("llama", num_hidden_layers=1).cuda()
+    tqcompress.apply(model, REAL)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=200)):
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+        layer, total = cache.layers[0], 40
+        for queries in (1, 3, 40, 1):
+            keys = torch.randn(2, layer.codecs.num_kv_heads, queries, layer.codecs.head_dim, device="cuda")
+            view, _ = layer.update(keys, keys)
+            total += queries
+            seen = torch.nn.functional.pad(mask, (0, total - 40), value=1).bool()
+            seen = seen[:, None, None] if queries == 1 else seen
+            query = keys.repeat_interleave(3, 1)
+            for _ in range(2):  # compiles, with a new token and without
+                view.attend(query, seen, 0.25, None)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                view.attend(query, seen, 0.25, None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

@@ -89,25 +89,39 @@ def moved(view):
         (turboquant(2), turboquant(4), 2, 1, True, 20.0),
         (turboquant(4, center=True, balance="key"), turboquant(3, center=True), 2, 1, False, None),
         (turboquant(3, balance="diagonal"), turboquant(2), 1, 3, True, 20.0),
-        (turboquant(4), turboquant(4), 2, 2, True, None),  # masks of several queries go to torch
-        (turboquant(4), turboquant(4), 1, 40, False, None),  # and float32 chunks
+        (turboquant(4), turboquant(4), 2, 2, True, None),
+        (turboquant(4), turboquant(4), 1, 40, False, None),
+        (turboquant(4, center=True), turboquant(3, center=True), 2, 40, True, 20.0),
     ],
 )
-@pytest.mark.filterwarnings("ignore:fused kernels do not take")
-def test_it_attends_as_torch_does(key, value, share, queries, padded, softcap):
+def test_it_attends_as_torch_does(key, value, share, queries, padded, softcap, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     view, _, _ = make_view(key, value, 2, 2, 64, 4, 150, 5 + queries, generator)
     view = moved(view)
     tokens = 4 + 150 + 5 + queries
     query = torch.randn(2, 2 * share, queries, 64, generator=generator).to(HERE)
-    mask = torch.ones(2, 1, queries, tokens, dtype=torch.bool).tril(tokens - queries).to(HERE) if padded else None
+    mask = torch.ones(2, tokens, dtype=torch.bool, device=HERE) if padded else None
     if padded:
-        mask[1, ..., :30] = False
+        mask[1, 4:30] = False
     want, want_lse = blockwise.attend(query, view, mask, 0.125, softcap)
+    monkeypatch.setattr(blockwise, "attend", None)
     got, got_lse = fused_group(view).attend(query, view, mask, 0.125, softcap)
     # fp16 operands (plain) round by 2^-11, int8 ones by 1/64000 of a column's largest number.
     assert (got - want).norm() < 1e-3 * want.norm()
     assert (got_lse - want_lse).abs().max() < 2e-3
+
+
+def test_any_other_mask_goes_to_torch_and_that_is_said_once():
+    generator = torch.Generator().manual_seed(0)
+    view = moved(make_view(turboquant(4), turboquant(4), 2, 2, 64, 4, 40, 8, generator)[0])
+    query = torch.randn(2, 2, 3, 64, generator=generator).to(HERE)
+    mask = (torch.rand(2, 1, 3, 52, generator=generator) < 0.5).to(HERE)
+    want = blockwise.attend(query, view, mask, 0.125)
+    fused._tell.cache_clear()
+    with pytest.warns(UserWarning, match="do not take masks that differ between heads") as said:
+        got = [fused_group(view).attend(query, view, mask, 0.125) for _ in range(2)][-1]
+    assert len(said) == 1
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .blockwise import attend_exact
 from .errors import ModelError
-from .masks import causal_mask
+from .masks import causal_mask, dense
 from .ring import StepView
 from .view import KVView
 
@@ -39,10 +39,13 @@ def attention_forward(
     `ModelError` for what the compressed cache does not support: position biases, dropout.
     """
     compressed = isinstance(key, KVView)
-    if not compressed and attention_mask is not None:
-        # A static cache's mask is as wide as the cache, an empty cache's keys only as long as the prompt.
-        attention_mask = attention_mask[..., : key.shape[2]]
     plain = not compressed and softcap is None and s_aux is None
+    if not compressed and attention_mask is not None:
+        if attention_mask.dim() == 2:  # it ends with the last query, the keys of a static cache with its buffer
+            key, value = (states[:, :, : attention_mask.shape[1]] for states in (key, value))
+            attention_mask = dense(attention_mask, query.shape[2]) if plain else attention_mask
+        else:  # as wide as a static cache, while the keys of an empty one are only as long as the prompt
+            attention_mask = attention_mask[..., : key.shape[2]]
     if plain and attention_mask is None and 1 < query.shape[2] < key.shape[2] and position_bias is None:
         # `causal_mask` makes none: causal, the last query being the last token. Torch aligns the first ones.
         bias = causal_lower_right(query.shape[2], key.shape[2])

@@ -24,8 +24,9 @@ def attend(
 
     Args:
         query: `[batch, kv_heads * share, queries, head_dim]`, `share` query heads for each KV head.
-        mask: bool (True = attend) or additive float, broadcastable to `[batch, heads, queries, tokens]`; None
-            means causal, the last query being the last token.
+        mask: None means causal, the last query being the last token; bool `[batch or 1, tokens]` (True = attend)
+            hides tokens besides. A mask of four axes, bool or additive float, broadcastable to
+            `[batch, heads, queries, tokens]`, says everything itself.
         scaling: factor of the scores; softcap: scores become `softcap * tanh(score / softcap)`.
 
     Returns:
@@ -81,7 +82,7 @@ def _in_parts(
     outputs, first = [], tokens - query.shape[2]
     for start in range(0, query.shape[2], QUERIES_AT_ONCE):
         stop = min(start + QUERIES_AT_ONCE, query.shape[2])
-        rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        rows = mask if mask is None or mask.dim() == 2 or mask.shape[2] == 1 else mask[:, :, start:stop]
         some = query[:, :, start:stop].float().unflatten(1, (kv_heads, -1))
         outputs.append(part(some, _Scores(rows, scaling, softcap, first + start)))
     output, lse = (torch.cat(parts, dim=3) for parts in zip(*outputs, strict=True))
@@ -108,11 +109,12 @@ class _Scores:
 
     def __init__(self, mask: Tensor | None, scaling: float, softcap: float | None, first_query: int):
         self.mask, self.scaling, self.softcap = mask, scaling, softcap
+        self.causal = mask is None or mask.dim() == 2
         self.first_query = first_query  # its position, for the causal rule
 
     def reach(self, queries: int) -> float:
         """How many tokens the last of `queries` queries can see."""
-        return self.first_query + queries if self.mask is None else math.inf
+        return self.first_query + queries if self.causal else math.inf
 
     def __call__(self, query: Tensor, key: Tensor, start: int) -> Tensor:
         """`[batch, kv_heads, share, queries, block]` for query `[.., share, queries, d]` and keys `[.., block, d]`."""
@@ -120,7 +122,9 @@ class _Scores:
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         stop = start + key.shape[2]
-        if self.mask is None:
+        if self.causal:
+            if self.mask is not None:
+                scores = scores.masked_fill(~self.mask[:, None, None, None, start:stop], -torch.inf)
             if stop - 1 <= self.first_query:  # every query sees the whole block
                 return scores
             positions = torch.arange(self.first_query, self.first_query + scores.shape[3], device=scores.device)

@@ -39,6 +39,7 @@ class Compression(nn.Module):
                 self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(devices.get(index, "cpu"))
         self.calibration: dict[str, str | int] | None = None  # what the codecs were fitted on
         self.arguments: list[str] = []  # of the decoder's forward, in order
+        self.unread = False  # whether no mask is made for steps in caches of fixed size
         self.hook = self.previous_attention = None
 
     @property
@@ -104,8 +105,9 @@ class Compression(nn.Module):
         model.set_attn_implementation(attention.NAME)
         self.arguments = arguments
         whole = all(shape.kind != "full" or index in self.layers for index, shape in enumerate(self.plan.model.layers))
+        self.unread = whole and self.steps
         for config in (model.config, decoder.config):
-            masks.unread(config, whole and self.steps)
+            masks.unread(config, self.unread)
         self.hook = decoder.register_forward_pre_hook(self.prepare_cache, with_kwargs=True)
         model.add_module(MODULE, self)
 
@@ -131,6 +133,8 @@ class Compression(nn.Module):
             cache = DynamicCache(config=decoder.config)
             given["past_key_values"] = cache
         self.compress_layers(cache, given.get("attention_mask"))
+        if self.unread and not torch.compiler.is_compiling():
+            self._note_step(cache, given)
         return (), given
 
     def compress_layers(self, cache: Cache, attention_mask: Any = None) -> None:
@@ -194,6 +198,16 @@ class Compression(nn.Module):
             padding = None
         for layer in layers:
             layer.note_prompt(shown, padding)
+
+    def _note_step(self, cache: Cache, given: dict[str, Any]) -> None:
+        """Tell caches of fixed size what the caller hides from a step; generate() gives no mask there."""
+        mask, new = given.get("attention_mask"), given.get("input_ids")
+        new = given.get("inputs_embeds") if new is None else new
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or new is None:
+            return
+        for layer in (cache.layers[index] for index in self.layers if new.shape[1] == 1):
+            if isinstance(layer, RingLayer) and layer.fixed and layer.stepping:
+                layer.note_step(mask)
 
 
 def _backend(group: Group, pair: nn.ModuleDict, device: torch.device) -> Backend:

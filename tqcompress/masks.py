@@ -1,15 +1,17 @@
-"""The mask function registered with transformers beside the attention.
+"""The mask function registered with transformers beside the attention, and the forms that a mask has.
 
-A mask of several queries has as many elements as the scores: a gigabyte for a chunk of a long prompt. Where a mask is
-causal and hides nothing else, there is none (attention is then causal, the last query being the last token); where it
-hides tokens besides, it says which: `visible` is set on it, `[batch, tokens]`, so that kernels need not read it.
+A mask of several queries has as many elements as the scores: a gigabyte for a chunk of a long prompt. So a causal one
+is not made. There is none where nothing else is hidden (attention is then causal, the last query being the last
+token); where tokens are hidden besides, the mask says only which: bool `[batch, tokens]`, True = attend, as
+transformers' flash attention takes it. Any other mask is bool or additive `[batch, heads, queries, tokens]`.
 """
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-_UNREAD: set[int] = set()  # ids of the configs of models whose steps in caches of fixed size read no mask
+HIDDEN = -1e4  # an added number up to this one leaves a token no weight: exp(-104) is 0 in float32
+_UNREAD: set[int] = set()  # ids of the configs of models for which steps in caches of fixed size need no mask
 
 
 def unread(config, yes: bool) -> None:
@@ -18,7 +20,7 @@ def unread(config, yes: bool) -> None:
 
 
 def causal_mask(**options) -> Tensor | None:
-    """As transformers' `sdpa_mask`, with the same arguments; see above."""
+    """As transformers' `sdpa_mask`, with the same arguments, but causal masks of several queries are as above."""
     queries = options["q_length"]
     plain = options.get("mask_function", causal_mask_function) is causal_mask_function
     if not plain or options.get("local_size"):
@@ -31,38 +33,91 @@ def causal_mask(**options) -> Tensor | None:
     if torch.compiler.is_compiling() or options.get("kv_offset", 0) or (padding is not None and padding.dim() != 2):
         return sdpa_mask(**options)
     first, tokens = int(options.get("q_offset", 0)), options["kv_length"]
-    if padding is not None:
-        padding = padding[:, : first + queries].bool()
-        padding = None if bool(padding.all()) else padding
-    if padding is None and (first == 0 or first + queries == tokens):
+    width = first + queries
+    if padding is not None and padding.shape[1] < width:  # the rest is hidden
+        return sdpa_mask(**options)
+    if padding is not None and not bool(padding[:, :width].all()):
+        return padding[:, :width].bool().contiguous()
+    if first == 0 or width == tokens:
         return None
-    mask = sdpa_mask(**(options | {"allow_is_causal_skip": False})).contiguous()
-    mask.visible = padding
-    return mask
+    # Layers that stay exact must know where in their buffer the last query is.
+    return torch.ones(1, 1, dtype=torch.bool, device=options.get("device", "cpu")).expand(options["batch_size"], width)
+
+
+def hides_nothing(mask: Tensor) -> bool:
+    """Whether the mask is `causal_mask`'s way to say so: one element, expanded."""
+    return mask.dim() == 2 and mask.stride(1) == 0 and mask.shape[1] > 1
+
+
+def dense(mask: Tensor, queries: int) -> Tensor | None:
+    """A mask `[batch, tokens]` as `[batch, 1, queries, tokens]` for torch's attention; None if it hides nothing.
+
+    Made once for all layers that share it.
+    """
+    if hides_nothing(mask):
+        return None
+    if getattr(mask, "dense", None) is None or mask.dense.shape[2] != queries:
+        mask.dense = mask[:, None, None] & _causal(queries, mask.shape[1], mask.device)
+    return mask.dense
+
+
+def _causal(queries: int, tokens: int, device: torch.device) -> Tensor:
+    places = torch.arange(tokens, device=device)
+    return places <= places[tokens - queries :, None]
+
+
+def same_for_all(mask: Tensor) -> bool:
+    """Whether the mask can hide nothing but tokens, judged by its type and shape; `simplest` asks the device."""
+    return mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1)
+
+
+def simplest(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None:
+    """A mask as `[batch or 1, tokens]` if it is causal and hides nothing else but the same tokens from all.
+
+    Other masks come back as they are. For masks that transformers makes here nothing is asked of the device; for
+    others it is, once for all layers that share one.
+    """
+    if mask is None or mask.dim() == 2:
+        return mask
+    if queries == 1 and same_for_all(mask):
+        return mask[:, 0, 0, :tokens]
+    state = queries, tokens, None if mask.is_inference() else mask._version
+    if getattr(mask, "simplest", (None,))[0] != state:
+        mask.simplest = state, _visible(mask[..., :tokens], queries, tokens)
+    visible = mask.simplest[1]
+    return mask if visible is None else visible
+
+
+def _visible(mask: Tensor, queries: int, tokens: int) -> Tensor | None:
+    """What the mask shows to all, or None if that is not all that there is to it."""
+    seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+    visible = seen[:, 0, -1].clone()
+    same = (seen == (visible[:, None, None] & _causal(queries, tokens, mask.device))).all()
+    if mask.dtype != torch.bool:
+        same &= ((mask == 0) | ~seen).all()
+    return visible if bool(same) else None
 
 
 def in_stored_order(mask: Tensor | None, order: Tensor | None, tokens: int) -> Tensor | None:
-    """A mask `[batch or 1, heads or 1, queries, >= tokens]` for tokens in the order stored, `[batch, tokens]`.
+    """A mask, in either form and with at least so many tokens, for tokens in the order stored, `[batch, tokens]`.
 
-    None if it is causal and hides nothing else. `visible` is kept.
+    None if it is causal and hides nothing else.
     """
-    if mask is None:
+    if mask is None or hides_nothing(mask):
         return None
-    if hasattr(mask, "visible") and mask.visible is None:
-        return None
-    visible, mask = getattr(mask, "visible", None), mask[..., :tokens]
-    if order is not None:
-        mask = mask.expand(order.shape[0], *mask.shape[1:])
-        mask = mask.gather(-1, order[:, None, None].expand(*mask.shape[:-1], -1))
-        visible = None if visible is None else visible.gather(1, order)
-    if visible is not None:
-        mask.visible = visible[:, :tokens]
-    return mask
+    mask = mask[..., :tokens]
+    if order is None:
+        return mask
+    if mask.dim() == 2:
+        return mask.expand(order.shape[0], -1).gather(1, order)
+    mask = mask.expand(order.shape[0], *mask.shape[1:])
+    return mask.gather(-1, order[:, None, None].expand(*mask.shape[:-1], -1))
 
 
 def shown_by(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """The tokens that the last query sees, bool `[batch or 1, tokens]`, or None if that is all."""
-    if mask is None or hasattr(mask, "visible"):
-        return None if mask is None else mask.visible
-    row = mask[:, 0, -1, :tokens]
-    return row if row.dtype == torch.bool else row == 0
+    """The tokens that the last query sees through any head, bool `[batch or 1, tokens]`, or None if that is all."""
+    if mask is None or hides_nothing(mask):
+        return None
+    rows = mask[:, None, :tokens] if mask.dim() == 2 else mask[:, :, -1, :tokens]
+    rows = rows if rows.dtype == torch.bool else rows > HIDDEN
+    return rows[:, 0] if rows.shape[1] == 1 else rows.any(1)

@@ -6,7 +6,7 @@ from transformers.cache_utils import StaticLayer
 
 from .cache import CompressedLayer
 from .errors import ModelError
-from .masks import in_stored_order
+from .masks import in_stored_order, same_for_all, simplest
 from .store import replaced
 from .view import KVView, LayerCodecs, Pair, RingTokens, query_heads, take_heads
 
@@ -147,6 +147,8 @@ class RingLayer(CompressedLayer):
         self, new: Pair | None, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """One step: attention of a query `[batch, heads, 1, head_dim]`, with a new token that is kept, or without."""
+        if mask is not None and not torch.compiler.is_compiling() and self._is_special(mask):
+            return self._view_with(new).attend(query, mask, scaling, softcap)
         visible, share, found = self._prepare(mask, new is not None), query.shape[1] // self.codecs.num_kv_heads, []
         for group, ring, stores in zip(self.codecs.groups, self.rings, self.stores, strict=True):
             pair, part = new, query
@@ -160,9 +162,27 @@ class RingLayer(CompressedLayer):
             torch.cat(parts, dim=1)[:, self._order(share)] for parts in zip(*found, strict=True)
         )  # fmt: skip
 
+    @staticmethod
+    def _is_special(mask: Tensor) -> bool:
+        """Whether a step's mask differs between heads or adds to scores, which the steps' kernels cannot read."""
+        return not same_for_all(mask) and simplest(mask, 1, mask.shape[-1]).dim() != 2
+
+    def _view_with(self, new: Pair | None) -> KVView:
+        """What several tokens at once are read from, after a new one."""
+        if new is not None:
+            return self._update_many(*new)[0]
+        self.leave()
+        view = self._view()
+        if self.fixed:
+            self.enter()
+        return view
+
     def _prepare(self, mask: Tensor | None, grows: bool) -> Tensor | None:
         """Which tokens are seen, in the order stored; room for what the step encodes."""
-        if self.fixed:  # its mask only says what is not there yet, and what padding was noted
+        if self.fixed:
+            # A compiled step reads what was noted: transformers' mask only says besides what is not there yet.
+            if mask is not None and not torch.compiler.is_compiling():
+                self.note_step(simplest(mask, 1, mask.shape[-1]), grows)
             return None if self.shown is None else self.visible
         coming = self.rings[0].packed(self.count + 1) - self.rings[0].packed(self.count)
         if grows and coming:
@@ -182,17 +202,22 @@ class RingLayer(CompressedLayer):
 
     def _row(self, mask: Tensor, tokens: int) -> Tensor:
         """The mask of a query, bool `[batch, >= tokens]` in the order stored, at a place that stays."""
-        row = in_stored_order(mask, self._positions(tokens), tokens)[:, 0, 0]
-        row = row if row.dtype == torch.bool else row == 0
+        row = in_stored_order(simplest(mask, 1, tokens), self._positions(tokens), tokens)
         if self.visible is None or self.visible.shape[0] != self.batch or self.visible.shape[1] < tokens:
             self.visible = row.new_ones(self.batch, tokens + max(tokens // 8, 1024))
         self.visible[:, :tokens] = row
         return self.visible
 
     def note_prompt(self, shown: Tensor | None, padding: Tensor | None) -> None:
-        """As `CompressedLayer`; the steps of a layer of fixed size read no other mask."""
+        """As `CompressedLayer`; compiled steps of a layer of fixed size read no other mask."""
         super().note_prompt(shown, padding)
         self.shown = shown if self.fixed else None
+
+    def note_step(self, mask: Tensor, grows: bool = True) -> None:
+        """What the mask `[batch or 1, n]` of a step shows of the tokens so far; of later ones it says nothing."""
+        mask = mask[:, : self.max_tokens].to(self.device).bool()
+        later = torch.arange(mask.shape[1], device=self.device) >= self.get_seq_length() + grows
+        self.note_visible((mask | later).expand(self.batch, -1))
 
     def note_visible(self, shown: Tensor | None) -> None:
         """What the mask of several tokens shows of all so far, `[batch, tokens]` or None for everything."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec
-from .masks import in_stored_order, shown_by
+from .masks import in_stored_order, shown_by, simplest
 from .store import TokenStore
 
 Pair = tuple[Tensor, Tensor]  # keys and values
@@ -131,7 +131,7 @@ class KVView:
         """Each group's backend on its share of the query heads; arguments and result as in `blockwise.attend`."""
         if self.note is not None:
             self.note(shown_by(mask, self.tokens))
-        mask = in_stored_order(mask, self.order, self.tokens)
+        mask = in_stored_order(simplest(mask, query.shape[2], self.tokens), self.order, self.tokens)
         if len(self.groups) == 1:
             return self.groups[0].codecs.backend.attend(query, self.groups[0], mask, scaling, softcap)
         share = query.shape[1] // self.num_kv_heads
@@ -139,7 +139,7 @@ class KVView:
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         for group in self.groups:
             heads = query_heads(group.codecs, share)
-            part = mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
+            part = mask if mask is None or mask.dim() == 2 or mask.shape[1] == 1 else mask[:, heads]
             attend = group.codecs.backend.attend
             output[:, heads], lse[:, heads] = attend(query[:, heads], group, part, scaling, softcap)
         return output, lse

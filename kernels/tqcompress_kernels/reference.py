@@ -92,6 +92,27 @@ def split(
     return torch.stack([p[0] for p in parts], 2), torch.stack([p[1] for p in parts], 2) / math.log(2)
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`flash.attention`."""
+    queries, tokens = query.shape[2], key.shape[2]
+    key, value = (x.to(query).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = _cap(scores if bias is None else scores + bias.unsqueeze(-1), softcap)
+    seen = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
+    seen = seen.tril(tokens - queries) if causal else seen
+    seen = seen if mask is None else seen & mask[:, None, None]
+    return _attend(scores.masked_fill(~seen, -math.inf), value)
+
+
 def decode_attention(
     query: Tensor,
     key: Packed,
