@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode_kernel import encode_kernel
-from .launch import launch
+from .launch import launch, on_device
 from .packed import plane_widths
 from .ring import BLOCK, Ring
 from .storage import aligned, units
@@ -88,10 +88,7 @@ def encode(
     """
     if x.numel() == 0:
         return
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            _launch(x, planes, scale, start, by, slots)
-    else:
+    with on_device(x):
         _launch(x, planes, scale, start, by, slots)
 
 
@@ -210,7 +207,8 @@ def encode_due(ring: Ring, side: int, planes: tuple[Tensor, ...], scale: Tensor,
     `encode` for the rest.
     """
     x = ring.exact[side, :, :, ring.sinks :]
-    _launch(x[:, :, : BLOCK.value], planes, scale, 0, by, None, ring, side == 0)
+    with on_device(x):
+        _launch(x[:, :, : BLOCK.value], planes, scale, 0, by, None, ring, side == 0)
 
 
 def _launch(
