@@ -183,3 +183,29 @@ def test_unsupported_bits_and_unknown_options_are_refused(name):
         build_codec(TensorSpec(name, 2.5), HeadShape(1, 64, "key"))
     with pytest.raises(ValueError, match="no_such_option"):
         build_codec(TensorSpec(name, supported[-1], {"no_such_option": 1}), HeadShape(1, 64, "key"))
+
+
+def assert_last_head_is_the_same_alone(codec):
+    """What a process of tensor parallelism holds: the codec of one head reads that head's rows."""
+    head = HEADS - 1
+    part, packed = codec.of_heads([head]), codec.encode(vectors(codec))
+    assert part.shape.num_kv_heads == 1
+    got, want = part.decode({name: rows[:, head:] for name, rows in packed.items()}), codec.decode(packed)[:, head:]
+    # Products of head_dim float32 terms, in float32: a wrong matrix or mean errs by as much as the vectors are long.
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    mine, whole = part.state(), codec.state()
+    assert mine.keys() == whole.keys()
+    for name, tensor in mine.items():
+        assert tensor.equal(whole[name] if tensor.shape == whole[name].shape else whole[name][head:]), name
+
+
+def test_some_heads_are_the_same_as_within_all(codec):
+    assert_last_head_is_the_same_alone(codec)
+
+
+@pytest.mark.parametrize("balance", ["key", "diagonal"])
+def test_some_heads_have_their_own_matrices_and_means(balance):
+    codec = build("turboquant", 3, "key", 64, (("balance", balance), ("center", True)))
+    assert not codec.into[0].equal(codec.into[1])
+    assert not codec.mean[0].equal(codec.mean[1])
+    assert_last_head_is_the_same_alone(codec)

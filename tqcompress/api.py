@@ -16,6 +16,7 @@ from .recipe import Recipe
 from .registry import plugins
 from .resolve import resolve
 from .shape import ModelShape
+from .sharding import HeadShard, is_shared, writes_files
 
 
 def apply(
@@ -50,7 +51,7 @@ def plan_compression(
     plan = resolve(loaded, ModelShape.of(model), str(recipe) if isinstance(recipe, (str, Path)) else None)
     for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
         plan = changed or plan
-    compression = Compression(loaded, plan, _devices(model))
+    compression = Compression(loaded, plan, _devices(model), HeadShard.of(model))
     if compression.needs_statistics:
         compression.fit(statistics or (calibrator or Calibrator(model)).statistics(loaded))
     elif loaded.calibration is not None:
@@ -81,6 +82,7 @@ def save(
     """Write a directory that `AutoModelForCausalLM.from_pretrained` and `tqcompress.load` read.
 
     Without `weights` it only points at the base model, `base` or the name the model was loaded from.
+    If several processes share the model, all must call this, as they must `save_pretrained`; the first one writes.
     Raises `ModelError` if the model is not compressed, or has neither weights to save nor a base to name.
     """
     compression = compression_of(model)
@@ -91,11 +93,16 @@ def save(
     base = base_name(base or model.config._name_or_path)
     check_savable(model, weights, base)
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    artifacts.write(path, compression.recipe, compression.plan, compression.state(), compression.calibration)
-    write_config(model, path, weights, base)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+    if weights:
+        model.save_pretrained(path)  # by all processes: each gives its part
+    if writes_files(model):
+        path.mkdir(parents=True, exist_ok=True)
+        artifacts.write(path, compression.recipe, compression.plan, compression.state(), compression.calibration)
+        write_config(model, path, weights, base)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+    if is_shared(model):
+        torch.distributed.barrier()
     return path
 
 
@@ -108,7 +115,7 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
     artifact = artifacts.read(Path(path))
     plan = artifact.plan_for(ModelShape.of(model))
     try:
-        compression = Compression(artifact.recipe, plan, _devices(model))
+        compression = Compression(artifact.recipe, plan, _devices(model), HeadShard.of(model))
     except RecipeError as error:  # a quantizer that is not installed here
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
@@ -128,11 +135,19 @@ def attach(model: nn.Module, compression: Compression) -> None:
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:
-    """The device of each layer, from the first parameter of the module that calls the cache."""
+    """The device of each layer: that of the first parameter of the module that calls the cache.
+
+    Where accelerate moves the parameters in for each call (offloading), it is the one that they are moved to.
+    """
     devices = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         parameter = next(module.parameters(), None)
-        if isinstance(index, int) and parameter is not None and parameter.device.type != "meta":
-            devices.setdefault(index, parameter.device)
+        if not isinstance(index, int) or parameter is None:
+            continue
+        device = parameter.device
+        if device.type == "meta":
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            devices.setdefault(index, torch.device(device))
     return devices

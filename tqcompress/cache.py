@@ -145,7 +145,8 @@ class CompressedLayer(DynamicLayer):
         if vectors.device.type == "cpu" and not (vectors.isfinite().all() and codec.fits(packed)):
             # Only on a CPU: elsewhere the check would wait for the device.
             raise ModelError(
-                f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
+                f"layer {self.codecs.layer}, KV heads {[self.codecs.first_head + head for head in group.heads]}: "
+                f"{codec.name} cannot store these "
                 f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
                 "skip the layer in the recipe, or check the model's dtype"
             )

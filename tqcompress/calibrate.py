@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import attention
 from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
 from .recipe import Recipe
+from .sharding import HeadShard
 from .texts import load_text
 
 FORMAT = "tqcompress statistics"
@@ -135,6 +136,10 @@ class _Sums:
         self.first = self.first + x.sum(1)
         self.second = self.second + x.mT @ x
 
+    def gather(self, shard: HeadShard) -> None:
+        """Take in the heads of the other processes."""
+        self.first, self.second = shard.gather(self.first), shard.gather(self.second)
+
     def moments(self, query: Tensor | None = None) -> Moments:
         """What the sums amount to."""
         mean = self.first / self.count
@@ -157,10 +162,12 @@ class _Watcher:
             total.add(x[:, :, self.skip :].detach())
         return attention.attention_forward(module, query, key, value, *args, **kwargs)
 
-    def statistics(self, source: dict[str, str | int]) -> Statistics:
-        """The moments of every layer that was seen."""
+    def statistics(self, source: dict[str, str | int], shard: HeadShard) -> Statistics:
+        """The moments of every layer that was seen, all heads of it."""
         layers = {}
         for index, (query, key, value) in self.sums.items():
+            for sums in (query, key, value):
+                sums.gather(shard)
             kv_heads = key.first.shape[0]
             met = (query.second / query.count).unflatten(0, (kv_heads, -1)).sum(1).cpu()
             layers[index] = {"key": key.moments(met), "value": value.moments()}
@@ -204,7 +211,8 @@ def calibrate(
             model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
         progress(len(windows), len(windows))
     digest = hashlib.sha256(used.to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
-    return watcher.statistics({"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest})
+    source = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
+    return watcher.statistics(source, HeadShard.of(model))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ registered with `register_state`, so it follows `.to(device)`, is saved and is c
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -125,9 +126,23 @@ class Codec(nn.Module):
         self.options = self.Options(**spec.options)
 
     def register_state(self, name: str, tensor: Tensor) -> None:
-        """Register a tensor that belongs to the artifact (codebook, signs, rotation, mean ...)."""
+        """Register a tensor that belongs to the artifact (codebook, signs, rotation, mean ...).
+
+        One that holds something for each KV head has the heads as its first axis: see `of_heads`.
+        """
         # Not persistent: model.state_dict() must stay what strict weight loaders expect.
         self.register_buffer(name, tensor, persistent=False)
+
+    def of_heads(self, heads: Sequence[int]) -> "Codec":
+        """The codec of some of its heads, numbered from 0, on the same device.
+
+        State that is as large whatever the number of heads is shared by all; any other has the heads as its first axis.
+        """
+        part = type(self)(self.spec, replace(self.shape, num_kv_heads=len(heads)))
+        for name, tensor in part.named_buffers():
+            whole = self.get_buffer(name)
+            tensor.copy_(whole if whole.shape == tensor.shape else whole[list(heads)])
+        return part.to(next(self.buffers(), torch.empty(0)).device)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that the artifact holds, by name."""

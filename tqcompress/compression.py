@@ -6,6 +6,7 @@ puts `CompressedLayer`s into the cache it is given, and the registered attention
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,23 +21,33 @@ from .plan import SIDES, Group, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
 from .ring import ExactLayer, RingLayer
+from .sharding import HeadShard
 from .view import Backend, GroupCodecs, LayerCodecs
 
 MODULE = "tqcompress"  # the submodule of a model that holds its codecs
 
 
 class Compression(nn.Module):
-    """Everything tqcompress holds for a model: recipe, plan, codecs, and how to undo it."""
+    """Everything tqcompress holds for a model: recipe, plan, codecs, and how to undo it.
 
-    def __init__(self, recipe: Recipe, plan: Plan, devices: dict[int, torch.device]):
+    Recipe, plan and codecs are of the whole model; `layers` has what this process attends with, the heads of `shard`.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, devices: dict[int, torch.device], shard: HeadShard | None = None):
         super().__init__()
         self.recipe, self.plan, self.devices = recipe, plan, devices
+        self.shard = shard = shard or HeadShard()
+        layers = {group.layer: plan.model.layers[group.layer] for group in plan.groups}
+        self.heads = {index: shard.heads(shape.num_kv_heads, index) for index, shape in layers.items()}
         self.codecs = nn.ModuleDict()
+        self.parts = nn.ModuleDict()  # of codecs some of whose heads are in other processes: what is used here
         self.layers: dict[int, LayerCodecs] = {}
         for index in range(len(plan.model.layers)):
             for j, group in enumerate(plan.layer_groups(index)):
                 sides = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES}
-                self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(devices.get(index, "cpu"))
+                # Only what is used takes a device's memory.
+                device = devices.get(index, "cpu") if shard.size == 1 else "cpu"
+                self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
         self.calibration: dict[str, str | int] | None = None  # what the codecs were fitted on
         self.arguments: list[str] = []  # of the decoder's forward, in order
         self.unread = False  # whether no mask is made for steps in caches of fixed size
@@ -70,15 +81,25 @@ class Compression(nn.Module):
 
         Called once the codecs' state is final: a backend may make constants of it.
         """
-        for index, shape in enumerate(self.plan.model.layers):
-            groups = []
-            for j, group in enumerate(self.plan.layer_groups(index)):
-                pair = self.codecs[f"{index}-{j}"]
-                where = device or self.devices.get(index, torch.device("cpu"))
-                groups.append(GroupCodecs(group.heads, pair["key"], pair["value"], _backend(group, pair, where)))
-            if groups:
-                sizes = (shape.num_kv_heads, shape.head_dim, self.plan.sinks, self.plan.window, self.plan.block(index))
-                self.layers[index] = LayerCodecs(index, tuple(groups), *sizes)
+        for index in self.heads:
+            self.layers[index] = self._layer(index, device or self.devices.get(index, torch.device("cpu")))
+
+    def _layer(self, index: int, device: torch.device) -> LayerCodecs:
+        """What attends to the heads of a layer that are here."""
+        plan, heads, groups, rings = self.plan, self.heads[index], [], True
+        for j, group in enumerate(plan.layer_groups(index)):
+            name, places = f"{index}-{j}", [i for i, head in enumerate(group.heads) if head in heads]
+            pair = self.codecs[name]
+            if places and self.shard.size > 1:
+                parts = {side: codec.of_heads(places) for side, codec in pair.items()}
+                pair = self.parts[name] = nn.ModuleDict(parts).to(device)
+            here = replace(group, heads=tuple(group.heads[i] - heads.start for i in places))
+            backend = _backend(here if places else group, pair, device)
+            if places:
+                groups.append(GroupCodecs(here.heads, pair["key"], pair["value"], backend))
+            rings = rings and backend.ring is not None  # also elsewhere: all processes do what one alone would
+        sizes = (len(heads), plan.model.layers[index].head_dim, plan.sinks, plan.window, plan.block(index))
+        return LayerCodecs(index, tuple(groups), *sizes, rings and plan.block(index) == 1, heads.start)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of the artifact: `layers.{i}.g{j}.{key|value}.{name}`."""

@@ -115,9 +115,8 @@ def check_savable(model: nn.Module, weights: bool, base: str) -> None:
 
 
 def write_config(model: nn.Module, path: Path, weights: bool, base: str) -> None:
-    """Write `config.json` (and the weights) so that from_pretrained finds the artifact beside it."""
+    """Write `config.json`, or complete that of saved weights, so that from_pretrained finds the artifact beside it."""
     if weights:
-        model.save_pretrained(path)
         config = json.loads((path / "config.json").read_text())
         config["quantization_config"] = {"quant_method": METHOD}
     else:

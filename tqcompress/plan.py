@@ -77,7 +77,7 @@ class Plan:
         return packed_tokens(tokens, self.sinks, self.window, self.block(layer))
 
     def nbytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the whole cache after a decoding step that made it `tokens` long.
+        """Bytes of the whole cache after a decoding step that made it `tokens` long, of all processes that share it.
 
         Counts codes, scales, codec state (codebooks, rotations ...), exact tokens and uncompressed
         layers, the exact ones in `dtype` (default: the model's). Spare room of a growing pool is not counted,

@@ -83,7 +83,7 @@ class GroupCodecs:
 
 @dataclass(frozen=True)
 class LayerCodecs:
-    """All that a `CompressedLayer` must know; shared by every cache of a model."""
+    """All that a `CompressedLayer` must know of the heads that it holds; shared by every cache of a model."""
 
     layer: int
     groups: tuple[GroupCodecs, ...]
@@ -92,11 +92,8 @@ class LayerCodecs:
     sinks: int
     window: int
     block: int
-
-    @property
-    def steps(self) -> bool:
-        """Whether steps of one token go through rings."""
-        return self.block == 1 and all(group.backend.ring is not None for group in self.groups)
+    steps: bool  # whether steps of one token go through rings
+    first_head: int = 0  # the number in the model of the head that is 0 here
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import plain, tuning
 from .combine import Exact, RingStep, combine
-from .launch import Scratch
+from .launch import Scratch, on_device
 from .packed import Packed
 from .prepare import empty, prepare
 
@@ -76,18 +76,19 @@ def decode_attention(
     columns = rotated.shape[2]
     partial = memory.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
     lse = memory.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
-    if splits:
-        early = tuning.spread(query.device, batch * kv_heads * splits, -(-tokens // splits))
-        prepare(query, key_back, key_mean, rotated, bias, scaling, early)
-        before = step.ring.sinks if step else 0 if sinks is None else sinks[0].shape[2]
-        packed_mask = None if mask is None else mask[:, before:]
-        split(
-            rotated, bias, key, value, partial, lse, tokens, lengths, packed_mask, block_table, scaling, softcap
+    with on_device(query):
+        if splits:
+            early = tuning.spread(query.device, batch * kv_heads * splits, -(-tokens // splits))
+            prepare(query, key_back, key_mean, rotated, bias, scaling, early)
+            before = step.ring.sinks if step else 0 if sinks is None else sinks[0].shape[2]
+            packed_mask = None if mask is None else mask[:, before:]
+            split(
+                rotated, bias, key, value, partial, lse, tokens, lengths, packed_mask, block_table, scaling, softcap
+            )  # fmt: skip
+        combine(
+            partial, lse, value_back, value_mean, query, sinks, recent, mask, tokens, scaling, softcap, out, out_lse,
+            step, memory,
         )  # fmt: skip
-    combine(
-        partial, lse, value_back, value_mean, query, sinks, recent, mask, tokens, scaling, softcap, out, out_lse,
-        step, memory,
-    )  # fmt: skip
     return out, out_lse
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device
 from .packed import Packed, plane_widths
 from .storage import aligned, load_digits, load_shuffled, offset_of, units
 
@@ -94,10 +95,7 @@ def dequantize(packed: Packed, out: Tensor, start: int, block_table: Tensor | No
     """
     if out.numel() == 0:
         return
-    if out.is_cuda and out.device.index != torch.cuda.current_device():
-        with torch.cuda.device(out.device):
-            _launch(packed, out, start, block_table)
-    else:
+    with on_device(out):
         _launch(packed, out, start, block_table)
 
 

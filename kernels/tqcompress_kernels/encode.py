@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode_kernel import encode_kernel
-from .launch import launch
+from .launch import launch, on_device
 from .overlap import launch_options
 from .packed import plane_widths
 from .ring import BLOCK, Ring
@@ -89,10 +89,7 @@ def encode(
     """
     if x.numel() == 0:
         return
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            _launch(x, planes, scale, start, by, slots)
-    else:
+    with on_device(x):
         _launch(x, planes, scale, start, by, slots)
 
 
@@ -211,7 +208,8 @@ def encode_due(ring: Ring, side: int, planes: tuple[Tensor, ...], scale: Tensor,
     `encode` for the rest.
     """
     x = ring.exact[side, :, :, ring.sinks :]
-    _launch(x[:, :, : BLOCK.value], planes, scale, 0, by, None, ring, side == 0)
+    with on_device(x):
+        _launch(x[:, :, : BLOCK.value], planes, scale, 0, by, None, ring, side == 0)
 
 
 def _launch(

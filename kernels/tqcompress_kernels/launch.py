@@ -7,6 +7,7 @@ were recorded. All others must be the same tensors: caches that move need a new 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     if _recording is not None:
         named = [options[name] for name in kernel.arg_names[len(args) :]]
         _recording.append((compiled, (*grid, 1, 1)[:3], [*args, *named]))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """A context whose launches go to the tensor's device: Triton launches on the current one, whatever it is given."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 class Scratch:
