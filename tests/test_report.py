@@ -4,7 +4,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -149,6 +152,18 @@ def test_the_page_is_drawn_in_a_browser_without_a_network(tmp_path, records):
     for words in ("a &lt;b&gt;model&lt;/b&gt; on a text", "on another text", "No KL to draw on this scale: lossless"):
         assert words in dom
     assert not re.search(r'(src|href)="(https?:)?//', dom)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed to draw the picture with")
+def test_the_picture_of_the_readme_is_one_command(tmp_path, records):
+    script = Path(__file__).parents[1] / "scripts" / "picture.py"
+    words = [sys.executable, script, written(tmp_path, plain(records[:7])), tmp_path / "pareto.svg"]
+    subprocess.run(words, check=True, timeout=120)
+    picture = ElementTree.parse(tmp_path / "pareto.svg").getroot()
+    said = {text for text in picture.itertext() if text.strip()}
+    assert {"bits a value in the long run, scales counted", "ours", "theirs", "Pareto front"} <= said
+    assert "a <b>model</b>, a text: uncompressed perplexity 20.00" in said
+    assert "shipped" not in said, "only what is compared at equal bytes"
 
 
 # ------------------------------------------------------------------------------------------------- terminal

@@ -23,7 +23,7 @@ td.section {{ font-weight: 600; background: #f4f6f8; padding-top: .5em }} tr.bes
 """
 
 # Nothing may be fetched: what the page shows is in it.
-POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 HEADINGS = (
     "recipe", "exact tokens,\nfirst + last", "bits, everything\ncounted", "bits in the\nlong run", "perplexity",
