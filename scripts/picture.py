@@ -46,9 +46,7 @@ def svg(records: list) -> str:
         f"{escape(first.model)}, {escape(first.text)}: uncompressed perplexity {first.perplexity_uncompressed:.2f}<br>"
         f"exact tokens of all: {first.sinks} first, {first.window} last"
     )
-    figure = pareto_figure(records, ("format_bits",)).update_layout(
-        title={"text": title, "x": 0.09}, margin={"t": 60}, legend={"orientation": "v", "x": 1, "y": 1}
-    )
+    figure = pareto_figure(records, ("format_bits",)).update_layout(title={"text": title, "x": 0.09}, margin={"t": 60})
     content = PAGE.format(script=plotly().offline.get_plotlyjs(), figure=figure.to_json(), width=WIDTH, height=HEIGHT)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "picture.html"

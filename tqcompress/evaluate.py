@@ -57,6 +57,11 @@ class Quality:
     value: HeadMap
     budget: NonNegativeFloat | None = None  # bits of the suite's comparison at equal bytes that this is part of
 
+    @property
+    def series(self) -> str:
+        """The recipe's name without the budget that the suite appends to it."""
+        return self.recipe if self.budget is None else self.recipe.removesuffix(f"@{self.budget:g}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order of the fields."""
         return asdict(self)

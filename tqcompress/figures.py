@@ -51,27 +51,25 @@ def pareto_figure(records: list[Record], axes: tuple[str, ...] = tuple(AXES)) ->
     for record in drawn:
         series.setdefault(record.series if record.budget is not None else "", []).append(record)
     labelled = series.pop("", [])
-    figure = plotly().subplots.make_subplots(rows=1, cols=len(axes), shared_yaxes=True, horizontal_spacing=0.03)
-    for column, axis in enumerate(axes, 1):
-        place = {"row": 1, "col": column}
+    figure = plotly().subplots.make_subplots(rows=len(axes), cols=1, vertical_spacing=0.12)
+    for row, axis in enumerate(axes, 1):
+        place = {"row": row, "col": 1}
         front = sorted(pareto_front(drawn, axis), key=lambda record: getattr(record, axis))
         line = {"color": GREY, "dash": "dot", "width": 2, "shape": "hv"}
         traces = [_points(front, axis) | {"mode": "lines", "line": line, "name": "Pareto front", "hoverinfo": "skip"}]
         traces += [_line(members, axis, i) for i, members in enumerate(series.values())]
         traces += [_labelled(labelled, axis)] if labelled else []
         for trace in traces:
-            figure.add_scatter(**trace, legendgroup=trace["name"], showlegend=column == 1, **place)
+            figure.add_scatter(**trace, legendgroup=trace["name"], showlegend=row == 1, **place)
         low, high = (pick(getattr(record, axis) for record in records) for pick in (min, max))
         step = (high - low or 1) / 20
-        figure.update_xaxes(range=[low - step, high + step * (3 if labelled else 1)], **place)  # room for labels
+        figure.update_xaxes(range=[low - step, high + step * (2 if labelled else 1)], **place)  # room for labels
         figure.update_xaxes(title_text=AXES[axis].format(tokens=records[0].window_tokens), **place)
     frame = {"gridcolor": GRID, "linecolor": GREY, "ticks": "outside"}
     figure.update_xaxes(frame, zeroline=False)
-    figure.update_yaxes(frame, type="log", dtick="D2", tickformat=".4~g")
-    figure.update_yaxes(title_text=KL, col=1)
+    figure.update_yaxes(frame, type="log", dtick="D2", tickformat=".4~g", title_text=KL)
     title = f"uncompressed perplexity {records[0].perplexity_uncompressed:.2f}"
-    legend = {"orientation": "h", "y": -0.16, "yanchor": "top"}
-    return figure.update_layout(LAYOUT, height=560, title={"text": title, "font_size": 13, "x": 0.01}, legend=legend)
+    return figure.update_layout(LAYOUT, height=100 + 440 * len(axes), title={"text": title, "font_size": 13, "x": 0.06})
 
 
 def _points(records: list[Record], axis: str) -> dict[str, Any]:
@@ -100,11 +98,12 @@ def _line(records: list[Record], axis: str, number: int) -> dict[str, Any]:
 
 
 def _labelled(records: list[Record], axis: str) -> dict[str, Any]:
+    records = sorted(records, key=lambda record: record.kl_mean)  # so that labels of neighbours are on different sides
     return _measured(records, axis) | {
         "name": "recipes as they are",
         "mode": "markers+text",
-        "textposition": "middle right",
-        "textfont": {"size": 10, "color": INK},
+        "textposition": [("middle left", "bottom right", "top right")[i % 3] for i in range(len(records))],
+        "textfont": {"size": 11, "color": INK},
         "cliponaxis": False,
         "marker": {"size": 9, "symbol": "diamond", "color": "#39424c"},
     }

@@ -94,7 +94,7 @@ def _table(records: list[Record]) -> str:
 
 def _row(r: Record, best: bool) -> str:
     cells = (
-        escape(r.recipe) + (" *" if best else ""), f"{r.sinks} + {r.window}", f"{r.effective_bits:.2f}",
+        escape(r.series) + (" *" if best else ""), f"{r.sinks} + {r.window}", f"{r.effective_bits:.2f}",
         f"{r.format_bits:.3f}", f"{r.perplexity:.2f}", f"{r.kl_mean:.4f} ± {r.kl_stderr:.4f}", f"{r.kl_p99:.2f}",
         f"{r.top1:.1%}",
     )  # fmt: skip

@@ -35,11 +35,6 @@ class Record(Quality):
         return cls(**vars(quality), model=model, text=text)
 
     @property
-    def series(self) -> str:
-        """The recipe's name without the budget that the suite appends to it."""
-        return self.recipe if self.budget is None else self.recipe.rpartition("@")[0]
-
-    @property
     def place(self) -> tuple[Any, ...]:
         """What records must share to be compared: model, text, and how much of it in what windows."""
         return self.model, self.text, self.tokens, self.window_tokens, self.perplexity_uncompressed

@@ -80,7 +80,7 @@ def quality_table(results: list[Quality], text: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("recipe", overflow="fold")
     for column in ("bits", "format", "ppl", "mean KL", "KL p99", "top-1"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     best = pareto_front(results)
     for budget, section in groupby(results, key=lambda result: result.budget):
         rows = list(section)
@@ -88,7 +88,7 @@ def quality_table(results: list[Quality], text: str) -> Table:
             table.add_section()
             table.add_row(Text(section_title(rows), "bold"))
         for r in rows:
-            name = f"{r.recipe} *" if r in best and len(results) > 2 else r.recipe
+            name = f"{r.series} *" if r in best and len(results) > 2 else r.series
             table.add_row(
                 name, f"{r.effective_bits:.2f}", f"{r.format_bits:.2f}", f"{r.perplexity:.2f}",
                 f"{r.kl_mean:.4f}±{r.kl_stderr:.4f}", f"{r.kl_p99:.2f}", f"{r.top1:.1%}",
