@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TypeVar
 
+import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,15 @@ from .registry import Source
 
 Q = TypeVar("Q", bound=Quality)
 
-PALE, DARK = (255, 245, 200), (10, 50, 110)  # cells of 1 bit and of 16, in the terminal
+# Cells of the terminal's map at so many bits, in between by their logarithm: light to dark.
+COLOURS = {
+    1: (253, 231, 37),
+    2: (142, 214, 68),
+    3: (53, 183, 121),
+    4: (33, 145, 140),
+    8: (55, 88, 141),
+    16: (68, 1, 84),
+}
 CONTEXTS = {8192: "8K", 131072: "128K", 1048576: "1M"}
 
 
@@ -189,11 +198,11 @@ def _cell(bits: float | None) -> Text:
     """Two columns of a terminal, the darker the more bits."""
     if bits is None:
         return Text("  ")
-    share = min(max(math.log2(bits) / 4, 0), 1)
-    red, green, blue = (round(low + (high - low) * share) for low, high in zip(PALE, DARK, strict=True))
-    return Text(
-        f" {int(bits)}" if bits < 10 else " ■", f"{'black' if share < 0.5 else 'white'} on rgb({red},{green},{blue})"
-    )
+    marks = [math.log2(mark) for mark in COLOURS]
+    parts = zip(*COLOURS.values(), strict=True)
+    red, green, blue = (round(float(np.interp(math.log2(bits), marks, part))) for part in parts)
+    ink = "black" if bits < 4 else "white"
+    return Text(f" {int(bits)}" if bits < 10 else " ■", f"{ink} on rgb({red},{green},{blue})")
 
 
 def plugin_table(sources: list[Source]) -> Table:
