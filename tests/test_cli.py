@@ -1,5 +1,7 @@
 """The command line: what it prints, and that every mistake is one line and exit status 2."""
 
+import json
+
 import pytest
 import torch
 from rich.console import Console
@@ -9,6 +11,8 @@ from transformers import AutoModelForCausalLM
 import tqcompress
 from tqcompress.calibrate import calibrate
 from tqcompress.cli import main
+from tqcompress.evaluate import HeadMap, Quality
+from tqcompress.records import Record, plain
 
 
 def run(capsys, *words):
@@ -41,6 +45,9 @@ def llama(tmp_path):
         (["apply", "balanced", "--model", "llama", "--statistics", "nope"], "nope: not a file of statistics"),
         (["calibrate", "--model", "llama", "--out", "x", "--text", "nope"], "nope: no such text file"),
         (["eval", "--model", "llama"], "recipes"),
+        (["report", "/nope.json", "--out", "x.html"], "/nope.json: cannot be read: No such file"),
+        (["report", "constraints.txt", "--out", "x.html"], "constraints.txt: not JSON"),
+        (["report", "/nope.json"], "--out"),
         (["inspect", "balanced"], "give --model"),
         (["inspect", "/nope"], "/nope"),
         (["bogus"], "bogus"),
@@ -82,7 +89,7 @@ def test_inspect_shows_a_recipe_against_a_model(capsys, tmp_path, llama, monkeyp
     recipe.write_text(f"version: 1\nname: mine\nkey: {{bits: 4}}\nvalue: {{bits: 3}}\n{rules}\n")
     status, printed, _ = run(capsys, "inspect", recipe, "--model", llama)
     assert status == 0
-    for words in ("mine on llama", "exact: skipped by", "4 bit", "8 bit", "backend torch", "128K"):
+    for words in ("mine on llama", "exact: skipped by", "4 bit", "8 bit", "backend torch", "Bits a value", "128K"):
         assert words in printed
 
 
@@ -94,3 +101,14 @@ def test_inspect_shows_a_saved_directory_like_its_recipe(capsys, tmp_path, llama
     saved = run(capsys, "inspect", tmp_path / "out")
     assert saved[0] == 0
     assert saved[1] == run(capsys, "inspect", "balanced", "--model", llama)[1]
+
+
+def test_report_writes_a_page(capsys, tmp_path):
+    sides = HeadMap([[3.25, 3.25]], [[0.03, 0.04]])
+    quality = Quality("mine", 4.0, 3.25, 20.5, 20.0, 0.01, 0.001, 0.1, 0.95, 512, 256, 4, 128, sides, sides)
+    (tmp_path / "eval.json").write_text(json.dumps(plain([Record.of(quality, "model", "text")])))
+    page = tmp_path / "new" / "report.html"
+    status, printed, _ = run(capsys, "report", tmp_path / "eval.json", "--out", page)
+    assert status == 0
+    assert "1 measurements" in " ".join(printed.split())
+    assert "model on text" in page.read_text()

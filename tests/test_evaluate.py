@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 import tqcompress
 from tqcompress import TQCompressError, api
-from tqcompress.evaluate import Quality, _attention, _teacher_cache, evaluate, passes
+from tqcompress.evaluate import HeadMap, Quality, _attention, _teacher_cache, evaluate, passes
 from tqcompress.report import pareto_front
 
 KEEP = {"sinks": 2, "window": 5}
@@ -110,6 +110,39 @@ def test_bits_are_those_of_the_plan_at_the_length_of_a_window():
     assert quality.format_bits == compression.plan.format_bits()
 
 
+def test_maps_hold_the_bits_and_the_errors_of_every_head():
+    """Errors are those of the codecs on the keys and values of the uncompressed model's first layer, packed tokens."""
+    model = tiny_model("llama")
+    rules = list(reversed(RECIPES["groups"]["rules"]))  # skips all of layer 0
+    compression = api.plan_compression(model, RECIPES["groups"] | {"rules": rules})
+    ids = torch.randint(0, model.config.vocab_size, (96,), generator=torch.Generator().manual_seed(4))
+    (quality,) = evaluate(model, ids, {"r": compression}, window_tokens=48)
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    scale = 16 / dim
+    assert quality.key.bits == [[16.0] * heads] + [[2 + scale] + [3 + scale] * (heads - 1)] * 2
+    assert quality.value.bits == [[16.0] * heads] + [[2 + scale] * heads] * 2
+    assert quality.key.error[0] == quality.value.error[0] == [0.0] * heads
+    assert (quality.sinks, quality.window) == (KEEP["sinks"], KEEP["window"])
+
+    packed = slice(KEEP["sinks"], 48 - 1 - KEEP["window"])
+    with torch.no_grad():  # layer 1 follows the exact layer 0, so it sees what it sees in the uncompressed model
+        caches = [model(w[None], use_cache=True).past_key_values.layers[1] for w in (ids[:48], ids[48:])]
+    for side, states in (("key", "keys"), ("value", "values")):
+        x = torch.cat([getattr(cache, states)[:, :, packed] for cache in caches])
+        for group in compression.layers[1].groups:
+            codec, mine = getattr(group, side), x[:, list(group.heads)]
+            lost = (codec.decode(codec.encode(mine)) - mine).square().sum((0, 2, 3)) / mine.square().sum((0, 2, 3))
+            found = [getattr(quality, side).error[1][head] for head in group.heads]
+            # The same float32 arithmetic; sums of a few thousand terms in another order.
+            assert found == pytest.approx(lost.tolist(), rel=1e-3)
+
+
+def test_a_window_too_short_to_pack_anything_has_no_errors():
+    model = tiny_model("llama")
+    (quality,) = evaluate(model, torch.arange(8), {"r": api.plan_compression(model, RECIPES["turboquant"])}, 8)
+    assert quality.key.error == [[None] * model.config.num_key_value_heads] * model.config.num_hidden_layers
+
+
 def test_the_model_is_left_as_it_was_compressed_or_not():
     model = tiny_model("llama")
     ids = torch.arange(40) % 50
@@ -133,9 +166,11 @@ def test_impossible_requests_are_refused():
 
 def test_the_pareto_front_holds_what_nothing_beats():
     def result(name, bits, kl):
-        return Quality(name, bits, bits, 1.0, 1.0, kl, 0.0, 0.0, 1.0, 1)
+        none = HeadMap([[bits]], [[None]])
+        return Quality(name, 9 - bits, bits, 1.0, 1.0, kl, 0.0, 0.0, 1.0, 1, 1, 0, 0, none, none)
 
     results = [result("a", 2, 0.5), result("b", 3, 0.1), result("c", 3, 0.2), result("d", 4, 0.1), result("e", 5, 0.05)]
     assert [r.recipe for r in pareto_front(results)] == ["a", "b", "e"]
+    assert [r.recipe for r in pareto_front(results, "effective_bits")] == ["e"], "its 9 - 5 bits are the fewest"
     twins = [result("x", 2, 0.5), result("y", 2, 0.5)]
     assert pareto_front(twins) == twins

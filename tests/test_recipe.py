@@ -29,6 +29,7 @@ TOP = (
 )
 RULE = "layers, heads, skip, quantizer, key, value"
 TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, center, balance"
+INSTALLED = "affine, exact, fp8, nvfp4, polar, qjl, trellis"
 GOOD = [{"layers": 0, "key": {"bits": 4}}]  # a valid rule, so that the bad one is not the first
 
 # Changes to BASE, then what the message must contain: path, what was found, what is allowed.
@@ -86,21 +87,21 @@ WRONG = {
     "empty_quantizer": ({"rules": [{"quantizer": "", "key": {"bits": 2}}]}, "rules[0].quantizer: found ''"),
     "version_as_bool": ({"version": True}, "version: found True", "allowed: 1"),
     "seed_as_text": ({"key": {"bits": 3, "seed": "3"}}, "key.seed: found '3'", "a valid integer"),
-    "quantizer_unknown": ({"quantizer": "turbo"}, "quantizer: found 'turbo'", "affine, exact, fp8, nvfp4, trellis"),
+    "quantizer_unknown": ({"quantizer": "turbo"}, "quantizer: found 'turbo'", INSTALLED),
     "quantizer_unknown_in_key": (
         {"key": {"bits": 3, "quantizer": "turbo"}},
         "key.quantizer: found 'turbo'",
-        "affine, exact, fp8, nvfp4, trellis",
+        INSTALLED,
     ),
     "quantizer_unknown_in_rule": (
         {"rules": [*GOOD, {"quantizer": "turbo"}]},
         "rules[1].quantizer: found 'turbo'",
-        "affine, exact, fp8, nvfp4, trellis",
+        INSTALLED,
     ),
     "quantizer_unknown_in_rules_value": (
         {"rules": [{"value": {"quantizer": "turbo"}}]},
         "rules[0].value.quantizer: found 'turbo'",
-        "affine, exact, fp8, nvfp4, trellis",
+        INSTALLED,
     ),
     "bits_unsupported": ({"key": {"bits": 9}}, "key.bits: found 9", "turboquant supports 1, 2, 3, 4, 5, 6, 7, 8"),
     "bits_fractional": ({"value": {"bits": 2.5}}, "value.bits: found 2.5", "supports 1, 2"),

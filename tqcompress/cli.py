@@ -3,7 +3,9 @@
 import sys
 import time
 import traceback
+from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.exceptions import Abort, TyperException
 
-from . import api, report, session
+from . import api, page, report, session
+from . import suite as suites
 from .artifacts import FILE_NAME, read
 from .calibrate import Statistics
 from .compression import Compression
@@ -22,8 +25,11 @@ from .errors import TQCompressError
 from .evaluate import evaluate, passes
 from .models import ALIASES, default_device, load_model, load_shape
 from .recipe import Recipe, shipped_recipes
+from .records import Record, plain
+from .records import read as read_records
 from .registry import plugins
 from .resolve import resolve
+from .shape import ModelShape
 from .texts import SHIPPED, load_text
 from .version import __version__
 
@@ -138,7 +144,7 @@ def apply(
 def evaluate_command(
     model: ModelOpt,
     recipes: Annotated[list[str] | None, typer.Argument(help="recipes, as for apply")] = None,
-    suite: Annotated[bool, typer.Option("--suite", help="all shipped recipes, baselines included")] = False,
+    suite: Annotated[bool, typer.Option("--suite", help="all shipped recipes, and quantizers at equal bytes")] = False,
     text: TextOpt = "constitution",
     max_tokens: TokensOpt = 8192,
     window_tokens: WindowOpt = None,
@@ -148,27 +154,47 @@ def evaluate_command(
     statistics: StatisticsOpt = None,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
-    recipes = (recipes or []) + (session.suite() if suite else [])
-    if not recipes:
+    named = recipes or []
+    equal = suites.at_equal_bytes() if suite else {}
+    wanted = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
+    if not wanted:
         raise TQCompressError("name recipes to measure, or give --suite")
-    content = session.text_for(recipes, text)
+    content = session.text_for(wanted, text)
     given = Statistics.load(statistics) if statistics else None
     with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
         calibrator = session.calibrator(loaded, tokenizer, bar, step)
-        compressions = {session.label(r): api.plan_compression(loaded, r, calibrator, given) for r in recipes}
-        if len(compressions) < len(recipes):
-            raise TQCompressError(f"two of the recipes have the same name: {', '.join(map(session.label, recipes))}")
+        compressions, left_out = session.plan_each(
+            wanted, named, lambda recipe: api.plan_compression(loaded, recipe, calibrator, given)
+        )
         ids = session.token_ids(tokenizer, content, max_tokens)
         window = window_tokens or session.default_window(loaded)
         total = passes(len(ids), window, len(compressions))
         bar.update(step, description="measuring", total=total, completed=0)
         results = evaluate(loaded, ids, compressions, window, lambda: bar.advance(step))
     if suite:
-        results.sort(key=lambda result: (result.format_bits, result.kl_mean))
+        budgets = {recipe.name: budget for budget, group in equal.items() for recipe in group}
+        results = [replace(result, budget=budgets.get(result.recipe)) for result in results]
+        results.sort(key=lambda result: (result.budget or 0, result.format_bits, result.kl_mean))
     console.print(report.quality_table(results, text))
-    session.write_json(json_file, [result.to_dict() for result in results])
+    for reason in left_out:
+        console.print(f"left out: {escape(reason)}")
+    name = ModelShape.of(loaded).name
+    session.write_json(json_file, plain(Record.of(result, name, session.text_name(text)) for result in results))
+
+
+@app.command(name="report")
+def report_command(
+    results: Annotated[list[Path], typer.Argument(help="what `tqcompress eval --json` wrote, one or more files")],
+    out: Annotated[Path, typer.Option(help="write the page here, an HTML file that needs nothing else")],
+) -> None:
+    """Make a page of measurements: KL against bits, bits and errors of every layer and head, tables."""
+    records = read_records(results)
+    content = page.render(records)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(content, encoding="utf-8")
+    console.print(f"{out}: {len(records)} measurements, {report.readable_size(len(content.encode()))}")
 
 
 @app.command(name="calibrate")
@@ -216,6 +242,7 @@ def inspect(
         compression = Compression(recipe, resolve(recipe, load_shape(model), what), {})
     compression.choose_backends(torch.device(device or default_device()))
     console.print(report.plan_table(compression))
+    console.print(report.bits_map(compression.plan, console.width))
     console.print(report.cost_table(compression.plan))
 
 

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import attention
 from .compression import Compression
 from .errors import ModelError, TQCompressError
-from .plan import packed_tokens
+from .plan import SIDES, Plan, packed_tokens
 from .view import KVView, LayerCodecs, take_heads
 
 QUERIES_AT_ONCE = 256  # bounds the score matrices of a window
@@ -26,19 +27,40 @@ POSITIONS_AT_ONCE = 256  # bounds the log-probabilities compared at once
 
 
 @dataclass(frozen=True)
+class HeadMap:
+    """What each KV head of each layer gets of one side, and how well it is kept: `[layer][head]`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    bits: list[list[NonNegativeFloat]]  # a stored coordinate, scales included
+    error: list[list[NonNegativeFloat | None]]  # |x - decoded|^2 / |x|^2 of all tokens packed; None if there were none
+
+
+@dataclass(frozen=True)
 class Quality:
     """How a recipe changes a model's predictions on a text. KL is in nats a token."""
 
     recipe: str
-    effective_bits: float  # a value, at the length of a window, exact tokens counted at 16 bits
-    format_bits: float  # without the exact tokens
-    perplexity: float
-    perplexity_uncompressed: float
+    effective_bits: NonNegativeFloat  # a value, at the length of a window, exact tokens counted at 16 bits
+    format_bits: NonNegativeFloat  # without the exact tokens
+    perplexity: NonNegativeFloat
+    perplexity_uncompressed: NonNegativeFloat
     kl_mean: float
-    kl_stderr: float  # of kl_mean, positions taken as independent
+    kl_stderr: NonNegativeFloat  # of kl_mean, positions taken as independent
     kl_p99: float
-    top1: float  # share of positions where both models predict the same token
-    tokens: int
+    top1: NonNegativeFloat  # share of positions where both models predict the same token
+    tokens: PositiveInt
+    window_tokens: PositiveInt  # the length of the longest window measured
+    sinks: NonNegativeInt  # first tokens that stay exact
+    window: NonNegativeInt  # last tokens that stay exact
+    key: HeadMap
+    value: HeadMap
+    budget: NonNegativeFloat | None = None  # bits of the suite's comparison at equal bytes that this is part of
+
+    @property
+    def series(self) -> str:
+        """The recipe's name without the budget that the suite appends to it."""
+        return self.recipe if self.budget is None else self.recipe.removesuffix(f"@{self.budget:g}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order of the fields."""
@@ -65,18 +87,19 @@ def evaluate(
     if not windows:
         raise TQCompressError(f"the text has {len(ids)} tokens and window-tokens is {window_tokens}; need 2 of each")
     tallies = {name: _Tally() for name in compressions}
+    losses: dict[str, Losses] = {name: {} for name in compressions}
     with _attention(model):
         for window in windows:
             batch, targets = window.to(model.device)[None], window[1:].to(model.device)
             reference = model(batch, use_cache=False).logits[0, :-1]
             progress()
             for name, compression in compressions.items():
-                cache = _teacher_cache(model, compression)
+                cache = _teacher_cache(model, compression, losses[name])
                 logits = model(batch, past_key_values=cache, use_cache=True).logits[0, :-1]
                 tallies[name].add(reference, logits, targets)
                 progress()
     used, longest = sum(map(len, windows)), len(windows[0])
-    return [tallies[name].quality(name, c, used, longest) for name, c in compressions.items()]
+    return [tallies[name].quality(name, c, losses[name], used, longest) for name, c in compressions.items()]
 
 
 def passes(tokens: int, window_tokens: int, compressions: int) -> int:
@@ -119,7 +142,7 @@ class _Tally:
             self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             self.kl.append((p.exp() * (p - q)).double().sum(-1).cpu())
 
-    def quality(self, name: str, compression: Compression, tokens: int, longest: int) -> Quality:
+    def quality(self, name: str, compression: Compression, losses: "Losses", tokens: int, longest: int) -> Quality:
         """The means over all positions."""
         kl, plan = torch.cat(self.kl), compression.plan
         count = len(kl)
@@ -134,27 +157,51 @@ class _Tally:
             kl_p99=kl.quantile(0.99).item(),
             top1=self.agreed / count,
             tokens=tokens,
+            window_tokens=longest,
+            sinks=plan.sinks,
+            window=plan.window,
+            **{side: HeadMap(plan.head_bits(side), _errors(plan, losses, i)) for i, side in enumerate(SIDES)},
         )
 
 
-def _teacher_cache(model: nn.Module, compression: Compression) -> Cache:
-    """A cache for one forward pass over a whole window."""
+# Of each compressed layer `[2, 2, kv_heads]`, float64: keys and values; |x - decoded|^2 and |x|^2 of all packed tokens.
+Losses = dict[int, Tensor]
+
+
+def _errors(plan: Plan, losses: Losses, side: int) -> list[list[float | None]]:
+    """The relative error of each head of each layer: 0 where nothing is compressed."""
+    table: list[list[float | None]] = []
+    for index, row in enumerate(plan.head_bits(SIDES[side])):
+        if not plan.layer_groups(index):
+            table.append([0.0] * len(row))
+        elif index not in losses:
+            table.append([None] * len(row))
+        else:
+            lost, total = losses[index][side]
+            table.append((lost / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist())
+    return table
+
+
+def _teacher_cache(model: nn.Module, compression: Compression, losses: Losses | None = None) -> Cache:
+    """A cache for one forward pass over a whole window; what its codecs lose is added to `losses`."""
     cache = DynamicCache(config=model.config)
     for index, codecs in compression.layers.items():
-        cache.layers[index] = _TeacherLayer(codecs)
+        cache.layers[index] = _TeacherLayer(codecs, losses)
     return cache
 
 
 class _TeacherLayer(DynamicLayer):
     """Takes one window of tokens; its attention decodes, query by query, what the real cache would have packed."""
 
-    def __init__(self, codecs: LayerCodecs):
+    def __init__(self, codecs: LayerCodecs, losses: Losses | None):
         super().__init__()
-        self.codecs = codecs
+        self.codecs, self.losses = codecs, losses
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """See `_TeacherView`."""
         view = _TeacherView(self.codecs, key_states, value_states)
+        if self.losses is not None and (lost := view.losses()) is not None:
+            self.losses[self.codecs.layer] = self.losses.get(self.codecs.layer, 0) + lost
         return view, view
 
 
@@ -172,6 +219,17 @@ class _TeacherView(KVView):
                     old = take_heads(states, group).narrow(2, codecs.sinks, count)
                     decoded = codec.to(states.device).decode(codec.encode(old))
                     out[:, list(group.heads), codecs.sinks : codecs.sinks + count] = decoded
+
+    def losses(self) -> Tensor | None:
+        """`[2, 2, kv_heads]`, as in `Losses`; None if nothing is packed."""
+        count = packed_tokens(self.exact[0].shape[2], self.codecs.sinks, self.codecs.window, self.codecs.block)
+        if not count:
+            return None
+        rows = []
+        for pair in zip(self.exact, self.decoded, strict=True):
+            exact, decoded = (states.narrow(2, self.codecs.sinks, count) for states in pair)
+            rows += [(exact - decoded).square().sum((0, 2, 3)), exact.square().sum((0, 2, 3))]
+        return torch.stack(rows).cpu().double().unflatten(0, (2, 2))
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None):
         """As `KVView.attend`, for a whole causal window without padding."""

@@ -123,6 +123,20 @@ class Plan:
                 bits += 8 * len(group.heads) * row
         return bits / values
 
+    def head_bits(self, side: Side, dtype: torch.dtype = torch.bfloat16) -> list[list[float]]:
+        """Bits of a stored coordinate of that side for each layer and KV head, scales included; exact ones in `dtype`.
+
+        Layers whose cache holds no keys and values have no heads here.
+        """
+        table = []
+        for index, layer in enumerate(self.model.layers):
+            row = [8.0 * dtype.itemsize] * (layer.num_kv_heads if layer.values_per_token else 0)
+            for group in self.layer_groups(index):
+                for head in group.heads:
+                    row[head] = 8 * self.layout(group, side, dtype).nbytes_per_token / layer.head_dim
+            table.append(row)
+        return table
+
     def _values(self, tokens: int) -> int:
         return sum(layer.held(tokens) * layer.values_per_token for layer in self.model.layers)
 

@@ -1,8 +1,11 @@
 """What the command line prints: rich tables of plans, measurements and plugins."""
 
 import math
+from collections.abc import Sequence
 from itertools import groupby
+from typing import TypeVar
 
+import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +16,17 @@ from .evaluate import Quality
 from .plan import SIDES, Plan
 from .registry import Source
 
+Q = TypeVar("Q", bound=Quality)
+
+# Cells of the terminal's map at so many bits, in between by their logarithm: light to dark.
+COLOURS = {
+    1: (253, 231, 37),
+    2: (142, 214, 68),
+    3: (53, 183, 121),
+    4: (33, 145, 140),
+    8: (55, 88, 141),
+    16: (68, 1, 84),
+}
 CONTEXTS = {8192: "8K", 131072: "128K", 1048576: "1M"}
 
 
@@ -53,36 +67,56 @@ def cost_table(plan: Plan) -> Table:
     return table
 
 
-def pareto_front(results: list[Quality]) -> list[Quality]:
-    """Those that no other beats in KL with as few bits in the long run, or in bits with as little KL."""
+def pareto_front(results: Sequence[Q], bits: str = "format_bits") -> list[Q]:
+    """Those that no other beats in KL with as few bits, or in bits with as little KL; `bits` names a field."""
+
+    def cost(result: Quality) -> tuple[float, float]:
+        return getattr(result, bits), result.kl_mean
 
     def beaten(a: Quality) -> bool:
-        return any(
-            (b.format_bits, b.kl_mean) != (a.format_bits, a.kl_mean)
-            and b.format_bits <= a.format_bits
-            and b.kl_mean <= a.kl_mean
-            for b in results
-        )
+        return any(cost(b) != cost(a) and all(x <= y for x, y in zip(cost(b), cost(a), strict=True)) for b in results)
 
     return [result for result in results if not beaten(result)]
 
 
 def quality_table(results: list[Quality], text: str) -> Table:
-    """Perplexity, KL and agreement of each recipe; a star marks those on the Pareto front, if there is a choice."""
+    """Perplexity, KL and agreement of each recipe; a star marks those on the Pareto front, if there is a choice.
+
+    Results of one budget after the other make a section each; what they all keep exact stands above.
+    """
     first = results[0]
     title = f"{text}, {first.tokens:,} tokens; uncompressed perplexity {first.perplexity_uncompressed:.3f}"
     table = Table(title=title, title_justify="left")
-    table.add_column("recipe", no_wrap=True)
+    table.add_column("recipe", overflow="fold")
     for column in ("bits", "format", "ppl", "mean KL", "KL p99", "top-1"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     best = pareto_front(results)
-    for r in results:
-        name = f"{r.recipe} *" if r in best and len(results) > 2 else r.recipe
-        table.add_row(
-            name, f"{r.effective_bits:.2f}", f"{r.format_bits:.2f}", f"{r.perplexity:.2f}",
-            f"{r.kl_mean:.4f}±{r.kl_stderr:.4f}", f"{r.kl_p99:.2f}", f"{r.top1:.1%}",
-        )  # fmt: skip
+    for budget, section in groupby(results, key=lambda result: result.budget):
+        rows = list(section)
+        if budget is not None:
+            table.add_section()
+            table.add_row(Text(section_title(rows), "bold"))
+        for r in rows:
+            name = f"{r.series} *" if r in best and len(results) > 2 else r.series
+            table.add_row(
+                name, f"{r.effective_bits:.2f}", f"{r.format_bits:.2f}", f"{r.perplexity:.2f}",
+                f"{r.kl_mean:.4f}±{r.kl_stderr:.4f}", f"{r.kl_p99:.2f}", f"{r.top1:.1%}",
+            )  # fmt: skip
+    if first.window_tokens and len(results) > 2:
+        table.caption = (
+            f"bits: everything counted, at {first.window_tokens:,} tokens; format: in the long run, which * goes by"
+        )
     return table
+
+
+def section_title(results: list[Quality]) -> str:
+    """What the results of one budget of the suite have in common."""
+    budget, exact = results[0].budget, {(r.sinks, r.window) for r in results}
+    if budget is None:
+        return "recipes as they are, exact tokens as each has them"
+    sinks, window = min(exact)
+    same = f"; exact: {sinks} first, {window} last" if len(exact) == 1 else ""
+    return f"about {budget:g} bits{same}"
 
 
 def plan_table(compression: Compression) -> Table:
@@ -132,6 +166,43 @@ def describe(spec: TensorSpec) -> str:
         return "exact"
     options = " ".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
     return f"{spec.bits:g} bit {spec.quantizer} {options}".rstrip()
+
+
+def bits_map(plan: Plan, width: int) -> Text:
+    """Bits of a value as coloured cells, layers across and KV heads down, keys and values apart.
+
+    A cell says the whole bits, the legend below all of them; heads that get the same share a row. `width` is that of
+    the terminal: more layers than fit go below.
+    """
+    maps = {side: plan.head_bits(side) for side in SIDES}
+    margin, lines = 16, [Text("Bits a value, scales included, of each layer (across) and KV head (down)", "italic")]
+    at_once = max(5, (width - margin) // 2)
+    for start in range(0, len(plan.model.layers), at_once):
+        part = range(start, min(start + at_once, len(plan.model.layers)))
+        ruler = "".join(f"{index:<10}" for index in part if (index - start) % 5 == 0)
+        lines.append(Text(f"{'layer':<{margin}}{ruler}".rstrip(), "dim"))
+        for side, table in maps.items():
+            rows: dict[tuple[float | None, ...], list[int]] = {}
+            for head in range(max(map(len, table))):
+                row = tuple(table[index][head] if head < len(table[index]) else None for index in part)
+                rows.setdefault(row, []).append(head)
+            for row, heads in rows.items():
+                label = f"{side} {'all' if len(rows) == 1 else _ranges(heads)}"
+                lines.append(Text.assemble(f"{label:<{margin - 1}.{margin - 1}} ", *map(_cell, row)))
+    values = sorted({bits for table in maps.values() for row in table for bits in row})
+    legend = [part for bits in values for part in (_cell(bits), f" {bits:.4g} bits   ")]
+    return Text("\n").join([*lines, Text.assemble(" " * margin, *legend)])
+
+
+def _cell(bits: float | None) -> Text:
+    """Two columns of a terminal, the darker the more bits."""
+    if bits is None:
+        return Text("  ")
+    marks = [math.log2(mark) for mark in COLOURS]
+    parts = zip(*COLOURS.values(), strict=True)
+    red, green, blue = (round(float(np.interp(math.log2(bits), marks, part))) for part in parts)
+    ink = "black" if bits < 4 else "white"
+    return Text(f" {int(bits)}" if bits < 10 else " ■", f"{ink} on rgb({red},{green},{blue})")
 
 
 def plugin_table(sources: list[Source]) -> Table:

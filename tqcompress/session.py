@@ -1,6 +1,7 @@
 """What the commands share: a progress bar, the model's prompt and answers, checks of texts and recipes."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers.utils import logging
 
 from .calibrate import Calibrator
-from .errors import TQCompressError
-from .recipe import Recipe, shipped_recipes
+from .compression import Compression
+from .errors import RecipeError, TQCompressError
+from .recipe import Recipe
 from .texts import load_text
 
 PROMPT = "In one short paragraph: what does the text above say about how laws are made?"
@@ -34,7 +36,7 @@ def calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calib
     return Calibrator(model, tokenizer, show)
 
 
-def text_for(recipes: list[str], text: str) -> str:
+def text_for(recipes: Sequence[str | Recipe], text: str) -> str:
     """The content of `text`. Refuses bad recipes, and those that would be measured on what they are calibrated on."""
     calibrations = [(recipe, Recipe.load(recipe).calibration) for recipe in recipes]
     content = load_text(text)
@@ -43,8 +45,9 @@ def text_for(recipes: list[str], text: str) -> str:
             continue
         seen, measured = load_text(settings.text).strip(), content.strip()
         if measured in seen or seen in measured:
+            name = recipe if isinstance(recipe, str) else recipe.name
             raise TQCompressError(
-                f"{recipe}: calibration.text: {settings.text} is what {text} would measure it on; use another text"
+                f"{name}: calibration.text: {settings.text} is what {text} would measure it on; use another text"
             )
     return content
 
@@ -54,14 +57,33 @@ def default_window(model: Any) -> int:
     return min(2048, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
 
 
-def suite() -> list[str]:
-    """The shipped recipes but for the one that only explains."""
-    return [name for name in shipped_recipes() if name != "reference"]
-
-
-def label(recipe: str) -> str:
+def label(recipe: str | Recipe) -> str:
     """A recipe's name in a table."""
+    if isinstance(recipe, Recipe):
+        return recipe.name
     return Path(recipe).stem if Path(recipe).suffix else recipe
+
+
+def plan_each(
+    recipes: Sequence[str | Recipe], required: Sequence[str | Recipe], plan: Callable[[str | Recipe], Compression]
+) -> tuple[dict[str, Compression], list[str]]:
+    """What `plan` makes of each recipe, by its label, and why others were left out: only `required` ones must work."""
+    planned, left_out = {}, []
+    for recipe in recipes:
+        try:
+            if label(recipe) in planned:
+                raise TQCompressError(f"two of the recipes have the same name: {label(recipe)}")
+            planned[label(recipe)] = plan(recipe)
+        except RecipeError as error:  # this model's heads, for instance, have no groups of that size
+            if recipe in required:
+                raise
+            left_out.append(str(error))
+    return planned, left_out
+
+
+def text_name(text: str) -> str:
+    """How results name a text: a file without the directories, which mean nothing elsewhere."""
+    return Path(text).name if Path(text).is_file() else text
 
 
 def token_ids(tokenizer: Any, content: str, max_tokens: int) -> torch.Tensor:
