@@ -60,6 +60,7 @@ MODELS = {
 }  # fmt: skip
 CASES = "1x8K,1x32K,1x128K,8x32K,32x8K"
 SETUPS = "bf16,bf16f,bf16c,bf16m,hqq4,4,3,2,4c,3c,2c,4a,4m,3m,2m"
+_compiled: dict[str, tuple] = {}  # what the compiled model was compiled for: `c` and `a` are the same
 COMPILED = "cam"  # how the names of such setups end
 KIVI = {"hqq": {"axis_key": 1, "axis_value": 1}, "quanto": {}}  # what each takes
 WARM, STEPS = 6, 24
@@ -120,7 +121,9 @@ def cache_for(model, setup: str, batch: int, tokens: int, more: int):
     if setup[:-1] in ("hqq", "quanto"):
         cache = QuantizedCache(backend=setup[:-1], config=config, nbits=int(setup[-1]), **KIVI[setup[:-1]])
     elif setup[-1] in COMPILED:
-        torch._dynamo.reset()
+        if _compiled.get("for") != (what := (setup[:-1], setup[-1] == "m", batch, tokens)):
+            torch._dynamo.reset()  # or it recompiles, up to a limit, for every size
+            _compiled["for"] = what
         cache = StaticCache(config=config, max_cache_len=tokens + more)
     else:
         cache = DynamicCache(config=config)

@@ -247,7 +247,9 @@ def main() -> int:
             check(f"one device, lossless{cache}", same == 1, f"{same:.1%} equal")
         one |= half_precision(folder, alone)
         two = by_layers(args.cpu, folder)
-        check.compare("by layers", outcomes(folder, two, compiled) | half_precision(folder, two), one, {})
+        # Not compiled: the hooks between devices break graphs, and our caches say so.
+        eager = {name: found for name, found in one.items() if "compiled" not in name}
+        check.compare("by layers", outcomes(folder, two, False) | half_precision(folder, two), eager, {})
         one = {name: found for name, found in one.items() if "bfloat16" not in name}
         tolerances = measured_tolerances(folder, alone, one)
         options = ["--cpu"] * args.cpu + ["--no-compile"] * args.no_compile

@@ -38,16 +38,21 @@ def main() -> None:
 
 def svg(records: list) -> str:
     """The figure of `records`, all measured in one place, as SVG."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        sys.exit("no chromium is installed; apt-get install chromium")
     first = records[0]
     title = (
         f"{escape(first.model)}, {escape(first.text)}: uncompressed perplexity {first.perplexity_uncompressed:.2f}<br>"
         f"exact tokens of all: {first.sinks} first, {first.window} last"
     )
     figure = pareto_figure(records, ("format_bits",)).update_layout(title={"text": title, "x": 0.09}, margin={"t": 60})
-    content = PAGE.format(script=plotly().offline.get_plotlyjs(), figure=figure.to_json(), width=WIDTH, height=HEIGHT)
+    return drawn(figure, WIDTH, HEIGHT)
+
+
+def drawn(figure, width: int, height: int) -> str:
+    """A plotly figure as SVG."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        sys.exit("no chromium is installed; apt-get install chromium")
+    content = PAGE.format(script=plotly().offline.get_plotlyjs(), figure=figure.to_json(), width=width, height=height)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "picture.html"
         page.write_text(content, encoding="utf-8")

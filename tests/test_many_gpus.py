@@ -186,7 +186,9 @@ def found(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (folder, port), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # transformers would put a process on each GPU
+        torch.multiprocessing.spawn(process, (folder, port), nprocs=2)
     return lambda scenario: (
         scenario(folder), *(load_file(folder / f"{scenario.__name__}.{rank}") for rank in (0, 1))
     )  # fmt: skip
@@ -212,6 +214,15 @@ def tolerance(folder):
             found.append(logits(model))
         changes += [(moved - found[0]).abs().max().item() for moved in found[1:]]
     return 4 * max(changes)
+
+
+def test_steps_over_several_devices_are_not_compiled(folder):
+    model = load(folder / "llama", dtype=torch.float32)
+    compression = tqcompress.apply(model, PER_HEAD) and compression_of(model)
+    assert all(layer.compiles for layer in compression.layers.values())
+    compression.devices = {0: torch.device("cpu"), 1: torch.device("meta")}
+    compression.choose_backends(torch.device("cpu"))
+    assert not any(layer.compiles for layer in compression.layers.values())
 
 
 def test_two_processes_lossless(found):

@@ -99,7 +99,9 @@ class Compression(nn.Module):
                 groups.append(GroupCodecs(here.heads, pair["key"], pair["value"], backend))
             rings = rings and backend.ring is not None  # also elsewhere: all processes do what one alone would
         sizes = (len(heads), plan.model.layers[index].head_dim, plan.sinks, plan.window, plan.block(index))
-        return LayerCodecs(index, tuple(groups), *sizes, rings and plan.block(index) == 1, heads.start)
+        # The hooks that carry states from device to device break a compiled graph at every module.
+        one_device = len(set(self.devices.values())) <= 1
+        return LayerCodecs(index, tuple(groups), *sizes, rings and plan.block(index) == 1, heads.start, one_device)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of the artifact: `layers.{i}.g{j}.{key|value}.{name}`."""

@@ -30,7 +30,7 @@ class RingLayer(CompressedLayer):
     @property
     def is_compileable(self) -> bool:
         """Asked by generate() before it compiles the decoding steps."""
-        return self.fixed
+        return self.fixed and self.codecs.compiles
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As `CompressedLayer`; the buffers of a layer of fixed size stay where they are from now on."""

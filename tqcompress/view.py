@@ -94,6 +94,7 @@ class LayerCodecs:
     block: int
     steps: bool  # whether steps of one token go through rings
     first_head: int = 0  # the number in the model of the head that is 0 here
+    compiles: bool = True  # whether steps in a cache of fixed size may be compiled
 
 
 @dataclass(frozen=True)
