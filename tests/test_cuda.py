@@ -73,10 +73,10 @@ def test_padding_does_not_wait_for_the_device(ids):
     tqcompress.apply(model, REAL)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
-    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=200)):
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=260)):
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
-        layer, total = cache.layers[0], 40
+        layer, total = cache.layers[0], ids.shape[1]
         for queries in (1, 3, 40, 1):
             keys = torch.randn(2, layer.codecs.num_kv_heads, queries, layer.codecs.head_dim, device="cuda")
             view, _ = layer.update(keys, keys)

@@ -51,12 +51,12 @@ def compressed(name="llama", recipe=RECIPE, **overrides):
 def steps(model, cache, ids, mask=None, prefill=20):
     """Logits of a prompt and then of single tokens `[batch, tokens, vocabulary]`."""
     ids = ids.to(DEVICE)
-    mask = torch.ones_like(ids) if mask is None else mask.to(DEVICE)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    shown = torch.ones_like(ids) if mask is None else mask.to(DEVICE)
+    places = (shown.cumsum(1) - 1).clamp(min=0)
     out, first = [], 0
     for last in (prefill, *range(prefill + 1, ids.shape[1] + 1)):
-        part, positions = ids[:, first:last], places[:, first:last]
-        out.append(model(part, past_key_values=cache, attention_mask=mask[:, :last], position_ids=positions).logits)
+        given = {"position_ids": places[:, first:last]} | ({} if mask is None else {"attention_mask": shown[:, :last]})
+        out.append(model(ids[:, first:last], past_key_values=cache, **given).logits)
         first = last
     return torch.cat(out, 1)
 
