@@ -95,7 +95,7 @@ def ring_step(
     capacity = key[1].shape[2]
     if new is not None and due and capacity:
         for i, (side, (planes, scale)) in enumerate(((constants.key, key), (constants.value, value))):
-            encode_due(ring, i, tuple(planes), scale, side.encoder)
+            encode_due(ring, i, tuple(planes), scale, side.encoder, memory)
     step = RingStep(ring, new, ring.sinks + ring.room + capacity)
     return decode_attention(
         query, constants.key.packed(*key), constants.value.packed(*value), constants.key.back, constants.value.back,
