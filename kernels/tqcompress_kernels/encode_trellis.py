@@ -106,6 +106,7 @@ class TrellisEncoder(NamedTuple):
             CODE_UNIT=unit_of_codes,
             BLOCK=LANES,
             ROOM=0 if ring is None else ring.room,
+            PTX=not INTERPRETED and torch.version.hip is None,
             **({} if INTERPRETED else {"num_warps": 1}),
         )
 

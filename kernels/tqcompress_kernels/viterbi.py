@@ -14,26 +14,71 @@ from .ring import due_block
 from .storage import offset_of
 
 
+@triton.constexpr_function
+def _own_cost(value, point, note):
+    """What a state adds whatever the coordinate is, with the note of the symbol that it drops."""
+    return (value * value << point) + note
+
+
+@triton.constexpr_function
+def _places(bits, first):
+    """The `bits` bits from `first` on, as a signed number of 32 bits."""
+    mask = ((1 << bits) - 1) << first
+    return mask - (1 << 32 if mask >> 31 else 0)
+
+
+@triton.constexpr_function
+def _text(table, bits, point, r, overlap):
+    """PTX of `_least`: as a chain in this order, an addition and a minimum become one instruction (VIADDMNMX)."""
+    lines = [".reg .s32 path;"]
+    for j in range(1 << bits):
+        value = table[(overlap << bits) + j]
+        target = "path" if j else "$0"
+        lines.append(f"mad.lo.s32 {target}, $1, {value}, ${j + 2};")
+        lines.append(f"add.s32 {target}, {target}, {_own_cost(value, point, j << bits * r)};")
+        if j:
+            lines.append("min.s32 $0, path, $0;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.constexpr_function
+def _constraints(bits):
+    return ",".join(["=&r"] + ["r"] * ((1 << bits) + 1))
+
+
 @triton.jit
-def _stepped(costs, x, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr):
+def _least(x, behind, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr,
+           OVERLAP: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """The least cost of the states that hand on an overlap, given those of the overlaps behind them."""
+    if PTX:
+        text: tl.constexpr = _text(TABLE, BITS, POINT, R, OVERLAP)
+        return tl.inline_asm_elementwise(text, _constraints(BITS), (x,) + behind, tl.int32, True, 1)
+    else:
+        best = behind[0] + x * TABLE[OVERLAP << BITS] + _own_cost(TABLE[OVERLAP << BITS], POINT, 0)
+        for j in tl.static_range(1, 1 << BITS):
+            path = behind[j] + x * TABLE[(OVERLAP << BITS) + j]
+            best = tl.minimum(best, path + _own_cost(TABLE[(OVERLAP << BITS) + j], POINT, j << BITS * R))
+        return best
+
+
+@triton.jit
+def _stepped(costs, x, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr,
+             PTX: tl.constexpr):  # fmt: skip
     """The least costs of paths to every overlap after one more coordinate, the `R`-th of a group; `x` is -2 X."""
-    FAN: tl.constexpr = 1 << BITS
     new = ()
     for overlap in tl.static_range(len(costs)):
         # The states that hand on an overlap are neighbours: they differ in the symbol that is dropped.
-        best = costs[overlap * FAN % len(costs)] + x * TABLE[overlap * FAN] + (TABLE[overlap * FAN] ** 2 << POINT)
-        for j in tl.static_range(1, FAN):
-            v: tl.constexpr = TABLE[overlap * FAN + j]
-            constant: tl.constexpr = (v * v << POINT) + (j << BITS * R)
-            best = tl.minimum(best, (costs[(overlap * FAN + j) % len(costs)] + x * v) + constant)
-        new += (best,)
+        behind = ()
+        for j in tl.static_range(1 << BITS):
+            behind += (costs[((overlap << BITS) + j) % len(costs)],)
+        new += (_least(x, behind, TABLE, BITS, POINT, R, overlap, PTX),)
     return new
 
 
 @triton.jit
 def _forward(p_x, costs, first, last, p_notes, stride, m_v, TABLE: tl.constexpr, BITS: tl.constexpr,
-             POINT: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             POINT: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+             PTX: tl.constexpr):  # fmt: skip
     """Costs after the coordinates `first` to `last` (modulo DIM); with KEEP every group's notes are stored."""
     NOTE: tl.constexpr = BITS * GROUP
     A_WORD: tl.constexpr = 32 // NOTE
@@ -41,13 +86,12 @@ def _forward(p_x, costs, first, last, p_notes, stride, m_v, TABLE: tl.constexpr,
     for i in range(first, last, GROUP):
         for r in tl.static_range(GROUP):
             x = tl.load(p_x + (i + r) % DIM * stride, mask=m_v, other=0) << NOTE
-            costs = _stepped(costs, x, TABLE, BITS, POINT, r)
+            costs = _stepped(costs, x, TABLE, BITS, POINT, r, PTX)
         if KEEP:
             for w in tl.static_range(WORDS):
                 word = costs[w * A_WORD] & ((1 << NOTE) - 1)
                 for o in tl.static_range(1, min(A_WORD, len(costs) - w * A_WORD)):
-                    mask: tl.constexpr = (((1 << NOTE) - 1) << NOTE * o) - (1 << 32 if NOTE * (o + 1) == 32 else 0)
-                    word |= (costs[w * A_WORD + o] << (NOTE * o)) & mask
+                    word |= (costs[w * A_WORD + o] << (NOTE * o)) & _places(NOTE, NOTE * o)
                 tl.store(p_notes + ((i - first) // GROUP * WORDS + w) * BLOCK, word)
         cleared = ()
         for o in tl.static_range(len(costs)):
@@ -101,6 +145,7 @@ def viterbi_kernel(
     CODE_UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Vectors `tile * BLOCK` and on, for every `num_programs`-th tile."""
     OVERLAPS: tl.constexpr = len(TABLE) >> BITS
@@ -119,9 +164,9 @@ def viterbi_kernel(
         for _ in tl.static_range(OVERLAPS):
             costs += (tl.full([BLOCK], LOWEST, tl.int32),)
         costs = _forward(p_x + i_v, costs, DIM - REACH, DIM, p_notes, count, m_v, TABLE, BITS, POINT, GROUP, False,
-                         DIM, BLOCK)  # fmt: skip
+                         DIM, BLOCK, PTX)  # fmt: skip
         costs = _forward(p_x + i_v, costs, DIM, DIM + REACH, p_notes, count, m_v, TABLE, BITS, POINT, GROUP, True, DIM,
-                         BLOCK)  # fmt: skip
+                         BLOCK, PTX)  # fmt: skip
         least = costs[0]
         overlap = tl.zeros([BLOCK], tl.int32)
         for o in tl.static_range(1, OVERLAPS):
@@ -138,7 +183,7 @@ def viterbi_kernel(
         for o in tl.static_range(OVERLAPS):
             costs += (tl.where(overlap == o, LOWEST, LOWEST + FAR),)
         costs = _forward(p_x + i_v, costs, 0, DIM, p_notes, count, m_v, TABLE, BITS, POINT, GROUP, True, DIM,
-                         BLOCK)  # fmt: skip
+                         BLOCK, PTX)  # fmt: skip
         tl.debug_barrier()
         token, i_h, page = i_v % tokens, i_v // tokens % heads, i_v // tokens // heads
         seen = m_v
