@@ -17,7 +17,7 @@ from .viterbi import viterbi_kernel
 SEAM = 16  # lengths of the window on either side of the seam that the first pass looks at
 NOTES = 4  # bits of symbols that costs carry along, if one symbol has no more
 CHUNK = 1 << 17  # vectors that are rotated before their paths are searched
-MOST_OVERLAPS = 128  # costs that fit into the registers of a lane
+MOST_OVERLAPS = 256  # costs that fit into the registers of a lane
 LANES = 32  # vectors of a program
 PROGRAMS = 12  # a multiprocessor
 
