@@ -100,6 +100,15 @@ class Side:
 
         return not self.window and is_uniform(self.form.levels)
 
+    @cached_property
+    def lookup(self):
+        """How the int8 kernel reads the codes, on the CPU, or why it cannot."""
+        from tqcompress_kernels import fast
+
+        if self.window:
+            return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits)
+        return fast.lookup(self.form.levels, torch.device("cpu"))
+
     @property
     def constants(self):
         """What steps of one token need to know."""
@@ -138,8 +147,7 @@ class FusedGroup:
         """Why the int8 kernel cannot read the group, or None if it can."""
         from tqcompress_kernels import fast
 
-        levels = self.key.scalar.levels, self.value.scalar.levels
-        return fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device)
+        return fast.obstacle(self.key.lookup, self.value.lookup, self.key.codec.shape.head_dim, self.device)
 
     @cached_property
     def split(self):
@@ -148,7 +156,7 @@ class FusedGroup:
 
         if self.obstacle is not None:
             return plain.split
-        return fast.FastSplit(*(fast.lookup(side.scalar.levels, self.device) for side in (self.key, self.value)))
+        return fast.FastSplit(self.key.lookup.to(self.device), self.value.lookup.to(self.device))
 
     @cached_property
     def constants(self):

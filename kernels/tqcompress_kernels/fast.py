@@ -41,6 +41,10 @@ class Lookup:
         """The kind of trellis codes, None for others."""
         return trellis_asm.parse(self.kind) if self.kind[0] == "w" else None
 
+    def to(self, device: torch.device) -> "Lookup":
+        """The same on another device."""
+        return replace(self, table=self.table.to(device))
+
 
 def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
     """The lookup for ascending symmetric `levels` `[2**bits]`, or why there is none."""
@@ -62,23 +66,38 @@ def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
 
 
 def trellis_lookup(
-    levels: Tensor, step: float, bits: int, device: torch.device, per: int = 2, copies: int | None = None
+    levels: Tensor, step: float, bits: int, per: int | None = None, copies: int | None = None
 ) -> Lookup:
     """The lookup for trellis codes whose states have these `levels` `[2**window]`, integers times `step`.
 
     Args:
         per: coordinates that are looked up at once, 1, 2 or 4.
-        copies: of the table, a power of two up to 32; by default as many as fit into `TABLE_BYTES`.
+        copies: of the table, a power of two up to 32; as many as fit into `TABLE_BYTES` if None.
     """
-    kind = trellis_asm.Kind(bits, len(levels).bit_length() - 1, per, 1, "tq_trellis")
-    most = max(1, TABLE_BYTES // (4 * kind.entries))
-    kind = kind._replace(copies=copies or min(32, 1 << most.bit_length() - 1))
+    window = len(levels).bit_length() - 1
+    kinds = [trellis_asm.Kind(bits, window, n, 1, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
+    kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
+    kind = min((kind for kind in kinds if 4 * kind.entries <= TABLE_BYTES or per), key=_cost)
     whole = (levels.double().cpu() / step).round().to(torch.int64) & 255
     entry = torch.arange(kind.entries)
-    words = sum(whole[(entry >> (bits * i)) & (len(levels) - 1)] << (8 * i) for i in range(per))
+    words = sum(whole[(entry >> (bits * i)) & (len(levels) - 1)] << (8 * i) for i in range(kind.per))
     lanes = torch.arange(LANES) % kind.copies * 4
     table = torch.cat([lanes, words.repeat_interleave(kind.copies)]).to(torch.int32)
-    return Lookup(kind.text, table.to(device), step)
+    return Lookup(kind.text, table.to(levels.device), step)
+
+
+def _copies(kind: trellis_asm.Kind) -> int:
+    """As many as fit."""
+    return min(32, 1 << max(1, TABLE_BYTES // (4 * kind.entries)).bit_length() - 1)
+
+
+# How often, on average, a warp's lookups take their turn at the bank where most of them meet.
+TURNS = {1: 3.5, 2: 3.3, 4: 3.1, 8: 2.9, 16: 2.0, 32: 1.0}
+
+
+def _cost(kind: trellis_asm.Kind) -> float:
+    """Cycles of a multiprocessor's quarter for a coordinate of a warp: of its shared memory or of its integer unit."""
+    return max(4 * TURNS[kind.copies] / kind.per, 2 * (2 / kind.per + (1.35 if kind.per == 1 else 1.1)))
 
 
 def integer_step(levels: Tensor, largest: int = 126) -> float | None:
@@ -102,14 +121,17 @@ def padded(dim: int, bits: int, key: bool) -> int:
     return max(least, 1 << (dim - 1).bit_length())
 
 
-def obstacle(key_levels: Tensor, value_levels: Tensor, dim: int, device: torch.device) -> str | None:
-    """Why the kernel cannot read such keys and values of head_dim `dim` on `device`, or None if it can."""
+def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch.device) -> str | None:
+    """Why the kernel cannot read keys and values with these lookups and head_dim `dim`, or None if it can."""
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "compute capability below 8.0 has no int8 mma.sync m16n8k32"
-    for side, levels in (("key", key_levels), ("value", value_levels)):
-        found = lookup(levels, torch.device("cpu"))
+    for side, found in (("key", key), ("value", value)):
         if isinstance(found, str):
             return f"{side}s have {found}"
+        if found.trellis:
+            if dim not in (128, 256):
+                return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 128 and 256"
+            continue
         narrowest = 1 if found.bits == 3 else found.bits
         if dim * narrowest % 32:
             return f"{side} rows of {dim} codes are not whole 32-bit words"
