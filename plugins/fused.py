@@ -123,9 +123,7 @@ class Side:
 
         buffers = store.buffers
         planes = tuple(buffers[name] for name in self.planes)
-        return Packed(
-            planes, buffers["scale"], self.levels, self.form.bits, self.form.step, self.uniform, self.window
-        )
+        return Packed(planes, buffers["scale"], self.levels, self.form.bits, self.form.step, self.uniform, self.window)
 
 
 class FusedGroup:

@@ -5,10 +5,9 @@ import torch
 from decode_helpers import levels_of, random
 from encode_helpers import rotation
 from kernels_helpers import DEVICE
-
-from tqcompress_kernels import plain, reference
 from trellis_helpers import table_of
 
+from tqcompress_kernels import plain, reference
 from tqcompress_kernels.encode import encode, encoder
 from tqcompress_kernels.encode_trellis import trellis_encoder
 from tqcompress_kernels.packed import plane_widths

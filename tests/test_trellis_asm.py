@@ -12,7 +12,18 @@ from tqcompress_kernels.fast import trellis_lookup
 
 CASES = [
     (states, bits, per, copies)
-    for states, bits in [(16, 1), (16, 2), (16, 3), (16, 4), (64, 3), (256, 1), (256, 2), (256, 3), (1024, 3), (1024, 4)]
+    for states, bits in [
+        (16, 1),
+        (16, 2),
+        (16, 3),
+        (16, 4),
+        (64, 3),
+        (256, 1),
+        (256, 2),
+        (256, 3),
+        (1024, 3),
+        (1024, 4),
+    ]
     for per, copies in [(1, 1), (1, 32), (2, 4), (4, 1), (4, 2)]
     if states << (per - 1) * bits <= 1 << 15
 ]

@@ -5,7 +5,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .encode import INTERPRETED, Encoder, encoder, run
@@ -31,6 +30,7 @@ class TrellisEncoder(NamedTuple):
         point: the bit of a cost that is worth `step**2`, so vectors are rounded to `step / 2**(point - group * bits)`.
         lowest, far: costs of the right and the wrong beginnings of paths.
         group: steps whose symbols a cost carries along.
+        ptx: whether costs are compared by PTX.
     """
 
     unit: Encoder
@@ -44,6 +44,7 @@ class TrellisEncoder(NamedTuple):
     lowest: int
     far: int
     group: int
+    ptx: bool
 
     def launch(
         self, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
@@ -106,8 +107,8 @@ class TrellisEncoder(NamedTuple):
             CODE_UNIT=unit_of_codes,
             BLOCK=LANES,
             ROOM=0 if ring is None else ring.room,
-            PTX=not INTERPRETED and torch.version.hip is None,
-            **({} if INTERPRETED else {"num_warps": 1}),
+            PTX=self.ptx,
+            **({} if INTERPRETED else {"num_warps": LANES // 32}),
         )
 
 
@@ -149,6 +150,7 @@ def trellis_encoder(
     return TrellisEncoder(
         unit, whole.to(table.device, torch.float32), tuple(whole.int().tolist()), step, bits, scale_format == "log8",
         norm_correction, point, -(2**31) + (math.ceil(lowest) << point), math.ceil(far) << point, group,
+        not INTERPRETED and torch.version.hip is None,
     )  # fmt: skip
 
 

@@ -65,9 +65,7 @@ def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
     return Lookup(f"t{bits}", table.to(device), step)
 
 
-def trellis_lookup(
-    levels: Tensor, step: float, bits: int, per: int | None = None, copies: int | None = None
-) -> Lookup:
+def trellis_lookup(levels: Tensor, step: float, bits: int, per: int | None = None, copies: int | None = None) -> Lookup:
     """The lookup for trellis codes whose states have these `levels` `[2**window]`, integers times `step`.
 
     Args:
@@ -191,7 +189,8 @@ class FastSplit:
             KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
             VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
             SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
-            BUFFERS=self._buffers(key, value, dim, tile, stages), CLAIMS=self._claims(key.scale.device), num_warps=1, **overlap.launch_options(rotated.device),
+            BUFFERS=self._buffers(key, value, dim, tile, stages), CLAIMS=self._claims(key.scale.device), num_warps=1,
+            **overlap.launch_options(rotated.device),
         )  # fmt: skip
 
     def _buffers(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> int:

@@ -188,13 +188,15 @@ def decode_kernel(
                 coming = gl.minimum(s + (STAGES - 1) * T, whole - T)
                 copy_ahead(KEY, k_ring, free, keys, coming, end, D, KR, KHR, p_pages, PAGE, T)
                 copy_ahead(VALUE, v_ring, free, values, coming, end, D, VR, VHR, p_pages, PAGE, T)
-                async_copy.commit_group()
-                async_copy.wait_group(STAGES - 1)
-            if is_trellis(VALUE):  # what keys are computed from first is loaded first, but all of it before that
-                v_strings = value_strings(VALUE, values[0], s, end, D, VR, p_pages, values[3], PAGE, T, part == 1)
+                if not (is_trellis(KEY) and is_trellis(VALUE)):
+                    async_copy.commit_group()
+                    async_copy.wait_group(STAGES - 1)
             if is_trellis(KEY):
                 words = key_strings(KEY, keys[0], s, end, D, KR, p_pages, keys[3], PAGE, T, part == 1)
                 ks = scale_of(load_rows(keys[2], s, end, KSR, p_pages, keys[5], PAGE, T, part == 1))
+            if is_trellis(VALUE):  # loaded while keys are worked on
+                v_strings = value_strings(VALUE, values[0], s, end, D, VR, p_pages, values[3], PAGE, T, part == 1)
+            if is_trellis(KEY):
                 operands = trellis_key_operands(KEY, words, k_tables[0])
             else:
                 words, high, ks = key_tile(

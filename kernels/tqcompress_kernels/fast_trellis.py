@@ -82,6 +82,13 @@ def key_strings(kind: gl.constexpr, p, s, end, D: gl.constexpr, ROW: gl.constexp
 
 
 @gluon.jit
+def _expand(side: gl.constexpr, kind: gl.constexpr, args, lane_copy):
+    """`expand` with the lane's copy of the table behind the words."""
+    L: gl.constexpr = args[0].type.layout
+    return expand(side, kind, 0, args + (gl.convert_layout(lane_copy, L, assert_trivial=True),))
+
+
+@gluon.jit
 def trellis_key_operands(kind: gl.constexpr, strings, lane_copy):
     """Half operands `[T, 16]` int8 of all strings of a tile."""
     COUNT: gl.constexpr = _words(kind, 32)
@@ -90,8 +97,7 @@ def trellis_key_operands(kind: gl.constexpr, strings, lane_copy):
         args = ()
         for k in gl.static_range(COUNT):
             args = args + (four_times(strings[u * COUNT + k]),)
-        L: gl.constexpr = args[0].type.layout
-        out = out + expand("key", kind, 0, args + (gl.convert_layout(lane_copy, L, assert_trivial=True),))
+        out = out + _expand("key", kind, args, lane_copy)
     return out
 
 
@@ -131,8 +137,7 @@ def value_strings(kind: gl.constexpr, p, s, end, D: gl.constexpr, ROW: gl.conste
 def trellis_value_operands(kind: gl.constexpr, strings, u: gl.constexpr, lane_copy):
     """Operands of 4 tokens' coordinates: int8 `[8, T]`, one for each of the 16 coordinates of strings `u`."""
     COUNT: gl.constexpr = _words(kind, 16)
-    L: gl.constexpr = strings[0].type.layout
     args = ()
     for k in gl.static_range(COUNT):
         args = args + (strings[u * COUNT + k],)
-    return expand("value", kind, 0, args + (gl.convert_layout(lane_copy, L, assert_trivial=True),))
+    return _expand("value", kind, args, lane_copy)

@@ -67,21 +67,21 @@ def _load_planes(
     DIM: tl.constexpr, BYTES: tl.constexpr, PAGED_TILE: tl.constexpr,
 ):  # fmt: skip
     """The words of every plane of a block of tokens, in pairs; words of windows as they are."""
-    if window_of(MODE):
-        o_block = page * strides[0] + i_h * strides[1] + row * strides[2]
-        if PAGED_TILE:
-            o_block = tl.expand_dims(o_block, 1 - AXIS)
-        return (
-            load_windows(planes[0], strides[2], o_block, i_row, m_row, BITS, window_of(MODE), WORDS, DIM, AXIS),
-        )
     words = ()
-    for k in tl.static_range(len(widths(BITS))):
+    for k in tl.static_range(1 if window_of(MODE) else len(widths(BITS))):
         o_block = page * strides[3 * k] + i_h * strides[3 * k + 1] + row * strides[3 * k + 2]
         if PAGED_TILE:
             o_block = tl.expand_dims(o_block, 1 - AXIS)
-        x = load_words(planes[k], strides[3 * k + 2], o_block, i_row, m_row, k, BITS, PER, WORDS, DIM, AXIS, BYTES[k])
+        stride = strides[3 * k + 2]
+        if window_of(MODE):
+            x = load_windows(planes[k], stride, o_block, i_row, m_row, BITS, window_of(MODE), WORDS, DIM, AXIS)
+        else:
+            x = load_words(planes[k], stride, o_block, i_row, m_row, k, BITS, PER, WORDS, DIM, AXIS, BYTES[k])
         words = words + (x,)
-    return pair_planes(words, BITS, PER)
+    if window_of(MODE):
+        return words
+    else:
+        return pair_planes(words, BITS, PER)
 
 
 @triton.jit

@@ -244,13 +244,14 @@ def gap_of(p_levels, o_levels, D: tl.constexpr, BITS: tl.constexpr, MODE: tl.con
     if window_of(MODE):
         every = tl.load(p_levels + tl.arange(0, 2 ** window_of(MODE)))
         return tl.maximum(tl.max(tl.abs(every), 0), 1e-30) + 0.0 * o_levels
-    first, last = tl.load(p_levels + o_levels), tl.load(p_levels + 2**BITS - 1 + o_levels)
-    if MODE == AFFINE:
-        return (last - first) / (2**BITS - 1)
-    elif MODE == BITWISE:
-        return tl.load(p_levels + 1 + D + o_levels) - first
     else:
-        return tl.maximum(tl.maximum(-first, last), 1e-30)
+        first, last = tl.load(p_levels + o_levels), tl.load(p_levels + 2**BITS - 1 + o_levels)
+        if MODE == AFFINE:
+            return (last - first) / (2**BITS - 1)
+        elif MODE == BITWISE:
+            return tl.load(p_levels + 1 + D + o_levels) - first
+        else:
+            return tl.maximum(tl.maximum(-first, last), 1e-30)
 
 
 @triton.jit
@@ -289,11 +290,12 @@ def level_operands(planes, p_levels, table, J: tl.constexpr, BITS: tl.constexpr,
     if window_of(MODE):
         state = (planes[0] >> (BITS * J)).to(tl.int32) & (2 ** window_of(MODE) - 1)
         return _lookup(p_levels, table, state, LOAD)
-    y = code_pairs(planes, 0, J, 0, BITS)
-    a_high, a_low = _lookup(p_levels, table, y & 0xFFFF, MODE)
-    b_high, b_low = _lookup(p_levels, table, y >> 16, MODE)
-    high = tl.join(a_high, b_high).reshape(y.shape[0], y.shape[1] * 2)
-    return high, tl.join(a_low, b_low).reshape(y.shape[0], y.shape[1] * 2)
+    else:
+        y = code_pairs(planes, 0, J, 0, BITS)
+        a_high, a_low = _lookup(p_levels, table, y & 0xFFFF, MODE)
+        b_high, b_low = _lookup(p_levels, table, y >> 16, MODE)
+        high = tl.join(a_high, b_high).reshape(y.shape[0], y.shape[1] * 2)
+        return high, tl.join(a_low, b_low).reshape(y.shape[0], y.shape[1] * 2)
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def _note(p_notes, group, overlap, OVERLAPS: tl.constexpr, NOTE: tl.constexpr, B
 # Not specialised: what changes from call to call, or Triton compiles anew.
 @triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "tokens", "heads", "start", "count", "tiles"])
 def viterbi_kernel(
-    p_x,  # int32 [DIM, count]: -2 X without the bits of notes, what `encode_kernel` with METHOD "unit" made of the vectors, and their norms
+    p_x,  # int32 [DIM, count]: -2 X without the bits of notes, and norms: what `encode_kernel` makes for METHOD "unit"
     p_norm,
     p_values,  # float32 [states], the table in units of its step
     p_notes,  # int32, for every program [groups of a pass, WORDS, BLOCK]
