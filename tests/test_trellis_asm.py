@@ -49,7 +49,7 @@ def built(states, bits, per, copies, side):
     """Kind, PTX, and a function that runs it for the words of a string on some lane."""
     table = shipped_table(states, bits)
     found = trellis_lookup(table, float(table.abs().max() / 127), bits, per, copies)
-    text, outputs = (trellis_asm.key_windows if side == "key" else trellis_asm.value_windows)(found.trellis)
+    text, outputs = (trellis_asm.key_windows if side == "key" else trellis_asm.value_windows)(found.kind)
     lane, address = random.Random(0).randrange(32), 64
     shared = [0] * (address // 4) + [word & MASK for word in found.table[32:].tolist()]
 

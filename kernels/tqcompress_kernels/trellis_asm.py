@@ -55,8 +55,9 @@ def parse(text: str) -> Kind:
 
 
 @triton.constexpr_function
-def _look_up(asm: Asm, kind: Kind, words: list[str], first: int, target: str, lane: str) -> None:
+def _look_up(asm: Asm, kind: str, words: list[str], first: int, target: str, lane: str) -> None:
     """Into `target`: the table's word for the coordinates from `first` on of the string `words`."""
+    kind = parse(kind)
     at, shift = divmod(first * kind.bits, 32)
     place = 2 + kind.copies.bit_length() - 1  # of the index in an address
     mask = (kind.entries - 1) << place
@@ -74,17 +75,18 @@ def _look_up(asm: Asm, kind: Kind, words: list[str], first: int, target: str, la
 
 
 @triton.constexpr_function
-def key_windows(kind: Kind) -> tuple[str, int]:
+def key_windows(text: str) -> tuple[str, int]:
     """Output j holds coordinates 4 j to 4 j + 3 of 32; inputs: the words of the string, the lane's copy."""
+    kind = parse(text)
     asm, count = Asm(KEY_CODES // 4, "t, base, a<4>"), kind.words(KEY_CODES)
     words, lane = [asm.input(4 * i) for i in range(count)], asm.input(4 * count)
     asm.add(f"mov.u32 base, {kind.name}")
     for j in range(KEY_CODES // 4):
         if kind.per == 4:
-            _look_up(asm, kind, words, 4 * j, f"${j}", lane)
+            _look_up(asm, text, words, 4 * j, f"${j}", lane)
             continue
         for i in range(0, 4, kind.per):
-            _look_up(asm, kind, words, 4 * j + i, f"a{i}", lane)
+            _look_up(asm, text, words, 4 * j + i, f"a{i}", lane)
         if kind.per == 1:
             asm.add("prmt.b32 a0, a0, a1, 0x0040", "prmt.b32 a2, a2, a3, 0x0040")
         asm.add(f"prmt.b32 ${j}, a0, a2, 0x5410")
@@ -92,15 +94,16 @@ def key_windows(kind: Kind) -> tuple[str, int]:
 
 
 @triton.constexpr_function
-def value_windows(kind: Kind) -> tuple[str, int]:
+def value_windows(text: str) -> tuple[str, int]:
     """Output j holds coordinate j of 16 for 4 tokens; inputs: 4 tokens' words, in turn; the lane's copy."""
+    kind = parse(text)
     asm, count = Asm(VALUE_CODES, "t, base, a<4>, u<4>"), kind.words(VALUE_CODES)
     lane = asm.input(4 * count)
     asm.add(f"mov.u32 base, {kind.name}")
     for j in range(0, VALUE_CODES, kind.per):
         for token in range(4):
             words = [asm.input(4 * i + token) for i in range(count)]
-            _look_up(asm, kind, words, j, f"a{token}", lane)
+            _look_up(asm, text, words, j, f"a{token}", lane)
         if kind.per == 1:
             asm.add("prmt.b32 a0, a0, a1, 0x0040", "prmt.b32 a2, a2, a3, 0x0040", f"prmt.b32 ${j}, a0, a2, 0x5410")
             continue
@@ -119,7 +122,7 @@ def plan(side: str, text: str) -> Plan:
     """The plan of a kind for one side; its table is the lane's copy, as an offset in bytes."""
     kind = parse(text)
     codes = KEY_CODES if side == "key" else VALUE_CODES
-    built, outputs = key_windows(kind) if side == "key" else value_windows(kind)
+    built, outputs = key_windows(text) if side == "key" else value_windows(text)
     operands = ",".join(["=&r"] * outputs + ["r"] * (4 * (kind.words(codes) + 1)))
     return Plan(codes, outputs, built, operands, 1)
 
