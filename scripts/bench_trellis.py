@@ -156,6 +156,8 @@ def main() -> None:
         for bits in (1, 2, 3, 4):
             if states >> bits <= encode_trellis.MOST_OVERLAPS:
                 bench_encode(f"T{states}.{bits}")
+    for programs in (4, 8) if not options.quick else ():
+        bench_encode("T1024.2", programs=programs)
     for index, shape in enumerate(SHAPES):
         bench_decodes(shape, limit, options.quick or index > 0)
     print("\ndecoding into a workspace")

@@ -8,7 +8,7 @@ from kernels_helpers import DEVICE
 from tqcompress.plugins.trellis import pack_string, search, windows
 from trellis_helpers import table_of, trellis_side
 
-from tqcompress_kernels import dequantize, encode_reference, encode_trellis, reference
+from tqcompress_kernels import dequantize, encode_reference, encode_trellis, reference, trellis_reference
 from tqcompress_kernels.encode import encode
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -67,6 +67,15 @@ def test_reference_states_are_the_codecs():
         codes = trellis_side(states, bits, 1, 9, 72).planes[0]
         window = states.bit_length() - 1
         assert torch.equal(reference.states(codes, bits, window, 72), windows(codes, bits, 72, states).long())
+
+
+@pytest.mark.parametrize(("states", "bits", "dim"), [(16, 1, 64), (64, 3, 72), (256, 2, 128), (16, 4, 64)])
+def test_reference_search_is_the_codecs(states, bits, dim):
+    """Symbols in float64 and in float32 are the same but for ties."""
+    x, (table, _) = random(40, dim), table_of(states, bits)
+    symbols = trellis_reference.search(x.double(), table, bits)
+    assert (symbols == search(x, table, bits)).all(1).double().mean() >= 0.95
+    assert torch.equal(trellis_reference.pack(symbols, bits), pack_string(symbols, bits))
 
 
 # -------------------------------------------------------------------------------------------------- encoding

@@ -16,7 +16,7 @@ from .viterbi import viterbi_kernel
 SEAM = 16  # lengths of the window on either side of the seam that the first pass looks at
 NOTES = 4  # bits of symbols that costs carry along, if one symbol has no more
 CHUNK = 1 << 17  # vectors that are rotated before their paths are searched
-MOST_OVERLAPS = 256  # costs that fit into the registers of a lane
+IN_REGISTERS, MOST_OVERLAPS = 128, 256  # costs of a vector that a lane's registers hold, and with some of them spilled
 LANES = 32  # vectors of a program
 PROGRAMS = 12  # a multiprocessor
 
@@ -141,7 +141,8 @@ def trellis_encoder(
         raise ValueError(reason)
     if not torch.equal(whole, -whole.flip(0)):
         raise ValueError("table: values of states must be the negatives of those with all bits inverted")
-    group = group or max(1, NOTES // bits)
+    if group is None:
+        group = max(1, NOTES // bits) if len(table) >> bits <= IN_REGISTERS else 1
     lowest, far, most = _bounds(whole, dim, step, bits)
     point = math.floor(math.log2(2**32 / (lowest + most + far)))
     negative = torch.tensor([-1.0, 1.0], device=table.device)
