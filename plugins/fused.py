@@ -1,6 +1,7 @@
 """Fused attention on CUDA: which groups get it, and how a cache's view becomes kernel arguments.
 
-The kernels themselves (`tqcompress_kernels`) know tensors only. They read any codec that tells its scalar levels.
+The kernels themselves (`tqcompress_kernels`) know tensors only. They read any codec that tells its levels, scalar ones
+or those of a trellis.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from tqcompress import Backend, Codec, ModelError, blockwise, hookimpl
+from tqcompress import Backend, Codec, ModelError, TrellisLevels, blockwise, hookimpl
 from tqcompress.packing import plane_fields
 from tqcompress.store import TokenStore
 from tqcompress.view import GroupView
@@ -20,7 +21,7 @@ FEW_QUERIES = 32  # columns (queries times query heads of a KV head) up to which
 
 @hookimpl(trylast=True)
 def tqcompress_backend(group, codecs, device):
-    """Fused kernels for groups on CUDA whose codecs are scalar levels."""
+    """Fused kernels for groups on CUDA whose codecs tell their levels."""
     if device.type != "cuda":
         return None
     group = FusedGroup(codecs["key"], codecs["value"], device)
@@ -33,13 +34,18 @@ def _obstacle(*sides: "Side") -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which fused kernels need"
     for side in sides:
-        scalar, codec = side.scalar, side.codec
-        if scalar is None:
-            return f"{codec.name} {codec.shape.side}s have no scalar levels for fused kernels to read"
-        if not torch.allclose(scalar.levels, -scalar.levels.flip(0)):
+        form, codec = side.form, side.codec
+        if form is None:
+            return f"{codec.name} {codec.shape.side}s have no levels for fused kernels to read"
+        if not torch.allclose(form.levels, -form.levels.flip(0)):
             return f"the levels of {codec.name} {codec.shape.side}s are not symmetric about zero"
         if codec.shape.head_dim % 8 or codec.shape.head_dim > 256:
             return f"head_dim {codec.shape.head_dim} is not a multiple of 8 up to 256"
+        if side.window:
+            from tqcompress_kernels.encode_trellis import obstacle
+
+            if reason := obstacle(len(form.levels), form.bits):
+                return f"{codec.name} {codec.shape.side}s: {reason}"
     return None
 
 
@@ -47,52 +53,69 @@ class Side:
     """Constants of one codec on its device, made at their first use."""
 
     def __init__(self, codec: Codec, device: torch.device):
-        self.codec, self.device, self.scalar = codec, device, codec.levels()
+        self.codec, self.device, self.form = codec, device, codec.levels()
 
     @cached_property
     def planes(self) -> tuple[str, ...]:
         """Names of the fields that hold the codes, widest plane first."""
-        return tuple(plane_fields(self.codec.shape.head_dim, self.scalar.bits))
+        return ("codes",) if self.window else tuple(plane_fields(self.codec.shape.head_dim, self.form.bits))
+
+    @property
+    def window(self) -> int:
+        """Bits of a trellis's states, 0 for scalar codes."""
+        return len(self.form.levels).bit_length() - 1 if isinstance(self.form, TrellisLevels) else 0
 
     @cached_property
     def levels(self) -> Tensor:
-        """float32 `[2**bits]`."""
-        return self.scalar.levels.to(self.device).float()
+        """float32, of every code or state."""
+        return self.form.levels.to(self.device).float()
 
     @cached_property
     def back(self) -> Tensor:
         """float32 `[1 or kv_heads, head_dim, head_dim]`, from the stored basis to the original one."""
-        return self.scalar.back.to(self.device).float().contiguous()
+        return self.form.back.to(self.device).float().contiguous()
 
     @cached_property
     def mean(self) -> Tensor | None:
         """float32 `[kv_heads, head_dim]` or None."""
-        return None if self.scalar.mean is None else self.scalar.mean.to(self.device).float().contiguous()
+        return None if self.form.mean is None else self.form.mean.to(self.device).float().contiguous()
 
     @cached_property
     def encoder(self):
         """What `tqcompress_kernels.encode` needs to know."""
         from tqcompress_kernels.encode import encoder
+        from tqcompress_kernels.encode_trellis import trellis_encoder
 
-        scalar = self.scalar
-        mean = None if scalar.mean is None else scalar.mean.to(self.device)
-        into = scalar.into.to(self.device)
-        return encoder(into, mean, self.levels, scalar.scale_format, scalar.norm_correction)
+        form = self.form
+        mean = None if form.mean is None else form.mean.to(self.device)
+        into, rest = form.into.to(self.device), (form.scale_format, form.norm_correction)
+        if self.window:
+            return trellis_encoder(into, mean, self.levels, form.step, form.bits, *rest)
+        return encoder(into, mean, self.levels, *rest)
 
     @cached_property
     def uniform(self) -> bool:
         """Whether levels are equally spaced."""
         from tqcompress_kernels.packed import is_uniform
 
-        return is_uniform(self.scalar.levels)
+        return not self.window and is_uniform(self.form.levels)
+
+    @cached_property
+    def lookup(self):
+        """How the int8 kernel reads the codes, on the CPU, or why it cannot."""
+        from tqcompress_kernels import fast
+
+        if self.window:
+            return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits)
+        return fast.lookup(self.form.levels, torch.device("cpu"))
 
     @property
     def constants(self):
         """What steps of one token need to know."""
         from tqcompress_kernels.step import Side as Constants
 
-        scalar = self.scalar
-        return Constants(self.levels, scalar.bits, scalar.step, self.uniform, self.back, self.mean, self.encoder)
+        bits, step = self.form.bits, self.form.step
+        return Constants(self.levels, bits, step, self.uniform, self.back, self.mean, self.encoder, self.window)
 
     def packed(self, store: TokenStore):
         """The stored tokens as kernels read them."""
@@ -100,7 +123,7 @@ class Side:
 
         buffers = store.buffers
         planes = tuple(buffers[name] for name in self.planes)
-        return Packed(planes, buffers["scale"], self.levels, self.scalar.bits, self.scalar.step, self.uniform)
+        return Packed(planes, buffers["scale"], self.levels, self.form.bits, self.form.step, self.uniform, self.window)
 
 
 class FusedGroup:
@@ -122,8 +145,7 @@ class FusedGroup:
         """Why the int8 kernel cannot read the group, or None if it can."""
         from tqcompress_kernels import fast
 
-        levels = self.key.scalar.levels, self.value.scalar.levels
-        return fast.obstacle(*levels, self.key.codec.shape.head_dim, self.device)
+        return fast.obstacle(self.key.lookup, self.value.lookup, self.key.codec.shape.head_dim, self.device)
 
     @cached_property
     def split(self):
@@ -132,7 +154,7 @@ class FusedGroup:
 
         if self.obstacle is not None:
             return plain.split
-        return fast.FastSplit(*(fast.lookup(side.scalar.levels, self.device) for side in (self.key, self.value)))
+        return fast.FastSplit(self.key.lookup.to(self.device), self.value.lookup.to(self.device))
 
     @cached_property
     def constants(self):

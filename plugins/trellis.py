@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from tqcompress import Field, HeadShape, Layout, RecipeError, TensorSpec, hookimpl
+from tqcompress import Field, HeadShape, Layout, RecipeError, TensorSpec, TrellisLevels, hookimpl
 from tqcompress.constants import cached_constant
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
@@ -81,6 +81,24 @@ class Trellis(TransformedCodec):
         """The table's values of all windows, `[batch, kv_heads, tokens, head_dim]`."""
         states = windows(packed["codes"], self.bits, self.shape.head_dim, len(self.codebook))
         return self.codebook.index_select(0, states.flatten()).view(states.shape)
+
+    def levels(self) -> TrellisLevels | None:
+        """The table in the stored basis, for fused kernels; None for one that is not on the grid of those shipped."""
+        step = float(self.codebook.abs().max() / 127)
+        whole = self.codebook / step
+        if (whole - whole.round()).abs().max() > 1e-4:
+            return None
+        into, back = self.basis()
+        return TrellisLevels(
+            levels=self.codebook,
+            bits=self.bits,
+            scale_format=self.options.scale,
+            step=step,
+            into=into,
+            back=back,
+            mean=self.mean if self.options.center else None,
+            norm_correction=self.options.norm_correction,
+        )
 
 
 # -------------------------------------------------------------------------------------------------- the string

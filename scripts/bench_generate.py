@@ -256,10 +256,10 @@ def main() -> None:
                 for setup in options.setups.split(","):
                     results.append({"model": name} | one(model, setup, case, bandwidth))
                     show(results[-1])
+                    if options.json:  # after every row: a run may be cut off
+                        options.json.write_text(json.dumps(results, indent=1))
         del model
         free()
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

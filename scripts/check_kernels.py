@@ -26,10 +26,11 @@ DEVICE = "cuda"
 def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, inputs: str, log8: bool = False):
     """Packed random codes whose scales are of the kind `inputs`."""
     from bench_decode import levels_of
+    from trellis_sides import as_packed, random_codes
 
     from tqcompress_kernels.packed import Packed, plane_widths
 
-    levels, bits = levels_of(kind), int(kind[-1])
+    trellis, bits = kind[0] == "T", int(kind[-1])
     high = {(3, 1): -(-dim // 16) * 16}
     planes = tuple(
         torch.randint(
@@ -37,6 +38,8 @@ def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, input
         )
         for w in plane_widths(bits)
     )
+    if trellis:
+        planes = (random_codes(kind, (batch, kv_heads, rows), dim, DEVICE),)
     if inputs == "constant":
         planes = tuple(torch.full_like(plane, 0xFF) for plane in planes)
     spread = {"heavy": 2.0}.get(inputs, 0.5)
@@ -44,15 +47,23 @@ def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, input
     scale = scale * {"zero": 0.0, "huge": 500.0}.get(inputs, 1.0)
     if log8:
         scale = (scale.log2() * 16 + 128).round().clamp(1, 254).to(torch.uint8)
+    scale = scale if log8 else scale.half()
+    if trellis:
+        return as_packed(kind, planes[0], scale)
     uniform = kind[0] == "u" or bits not in (1, 2, 3, 4)
-    return Packed(planes, scale if log8 else scale.half(), levels, bits, None, uniform)
+    return Packed(planes, scale, levels_of(kind), bits, None, uniform)
 
 
 def decode_case(
     kernel: str, key: str, value: str, dim: int, share: int, tokens: int, inputs: str, queries: int = 1,
-    options: tuple[str, ...] = (),
+    options: tuple[str, ...] = (), lookups: tuple[int, int] = (None, None),
 ) -> float:  # fmt: skip
-    """The larger of the relative errors of output and weights (exp of the log-sum-exp) of one decode."""
+    """The larger of the relative errors of output and weights (exp of the log-sum-exp) of one decode.
+
+    `lookups`: coordinates a lookup and copies of the table, for trellis codes.
+    """
+    from trellis_sides import lookup_of
+
     from tqcompress_kernels import decode, fast, plain, reference
 
     torch.manual_seed(0)
@@ -82,7 +93,7 @@ def decode_case(
     rest = {"lengths": lengths, "mask": mask, "block_table": table, "softcap": softcap}
     split = plain.split
     if kernel == "int8":
-        split = fast.FastSplit(*(fast.lookup(side.levels, torch.device(DEVICE)) for side in (k, v)))
+        split = fast.FastSplit(*(lookup_of(side, *lookups) for side in (k, v)))
     arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), *means, sinks, recent, tokens, dim**-0.5)
     junk = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)]
     del junk  # what the allocator hands out next is poisoned
@@ -232,6 +243,10 @@ def cases(small: bool):
         add(encode_case, 4, dim, "float16", "random", "fp16", True, tokens)
     for inputs in ("heavy", "constant", "zero", "huge"):
         add(encode_case, 3, 128, "float32", inputs, "log8", False, tokens)
+    from check_trellis import trellis_cases
+
+    for function, arguments in trellis_cases(tokens):
+        add(function, *arguments)
     return found
 
 

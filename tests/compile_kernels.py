@@ -18,11 +18,12 @@ sys.path.insert(0, str(ROOT / "kernels"))
 sys.path.insert(0, str(ROOT))
 
 from tqcompress_kernels import encode as encoding  # noqa: E402
-from tqcompress_kernels import fast, flash, overlap, plain  # noqa: E402
+from tqcompress_kernels import encode_trellis, fast, flash, overlap, plain  # noqa: E402
 from tqcompress_kernels.combine import combine  # noqa: E402
 from tqcompress_kernels.dequantize import dequantize  # noqa: E402
 from tqcompress_kernels.encode import encode, encoder  # noqa: E402
 from tqcompress_kernels.encode_reference import pack  # noqa: E402
+from tqcompress_kernels.encode_trellis import trellis_encoder  # noqa: E402
 from tqcompress_kernels.packed import Packed  # noqa: E402
 from tqcompress_kernels.prepare import prepare  # noqa: E402
 from tqcompress_kernels.ring import empty_ring  # noqa: E402
@@ -68,6 +69,7 @@ def only_compile(target: GPUTarget) -> None:
     )
     torch.cuda.get_device_properties = lambda _: device
     encoding._tiling.cache_clear()
+    encode_trellis._programs.cache_clear()
     overlap.overlaps = lambda _: target.backend == "cuda" and target.arch >= 90
 
     def launch(function, grid):
@@ -148,6 +150,31 @@ def attention(dtype: torch.dtype, dim: int) -> None:
     flash.attention(states, states[:, :2], states[:, :2], 0.1, None, torch.ones(1, 200, dtype=torch.bool), causal=True)
 
 
+def trellis_side(states: int, bits: int, dim: int, page: int = 0) -> Packed:
+    """A side of trellis codes full of zeros; the table is one that its encoder takes."""
+    half = torch.arange(states // 2).float() % 126 + 1
+    rows = 4 if page else 1, 2, page or 512
+    codes, scale = torch.zeros(*rows, dim * bits // 8, dtype=torch.uint8), torch.zeros(*rows, 1, dtype=torch.float16)
+    return Packed((codes,), scale, torch.cat([half, -half.flip(0)]), bits, 1.0, False, states.bit_length() - 1)
+
+
+def trellis(states: int, bits: int, other: int, dim: int, page: int = 0) -> None:
+    """Compile what trellis codes need; values have `other` bits."""
+    key, value = trellis_side(states, bits, dim, page), trellis_side(states, other, dim, page)
+    by = trellis_encoder(torch.eye(dim)[None], None, key.levels, 1.0, bits, "fp16")
+    encode(torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), key.planes, key.scale, 0, by)
+    rest = torch.zeros(1, 2, 3, 4, dim), torch.zeros(1, 2, 3, 4), 256, None, None
+    query, table = (torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4)), torch.zeros(1, 4, dtype=torch.int32)
+    table = table if page else None
+    for read in (plain.split, fast.FastSplit(*(fast.trellis_lookup(x.levels, 1.0, x.bits) for x in (key, value)))):
+        read(*query, key, value, *rest, table, 0.1, None)
+    mixed = packed(4, 512, dim, False, False)._replace(levels=torch.tensor([-x for x in L4[::-1]] + L4).float())
+    if not page:
+        lookups = fast.trellis_lookup(key.levels, 1.0, bits), fast.lookup(mixed.levels, torch.device("cpu"))
+        fast.FastSplit(*lookups)(*query, key, mixed, *rest, None, 0.1, None)
+        dequantize(key, torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), 0)
+
+
 def step(dtype: torch.dtype, int8_levels: bool) -> None:
     """Compile a step with a ring."""
     states = torch.zeros(1, 2, 1, 64, dtype=dtype)
@@ -171,6 +198,7 @@ ONCE = {
         lambda: ends(torch.float16, 64),
         lambda: int8(L4, [1, 3], 64, 4),
         lambda: attention(torch.float32, 128),
+        lambda: trellis(64, 2, 3, 128),
     ],
     "sm_89": [
         lambda: attention(torch.bfloat16, 256),
@@ -182,6 +210,8 @@ ONCE = {
         lambda: ends(torch.float32, 1),
         lambda: int8(L4, L4, 128, 8, 64),
         lambda: step(torch.float16, True),
+        lambda: trellis(64, 3, 3, 128, 64),
+        lambda: trellis(64, 2, 4, 256),
     ],
     "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],
     "gfx942": [lambda: split((2, 6), 64, 4, False)],

@@ -42,17 +42,23 @@ OPERATIONS = {
     "xor": lambda a, b: a ^ b,
     "prmt": prmt,
     "lop3": lop3,
+    "add": lambda a, b: a + b & MASK,
+    "shf.r.wrap": lambda low, high, by: (high << 32 | low) >> (by & 31) & MASK,
 }
 
 
-def run(text, outputs, inputs):
-    """The output registers; outputs must not be read, and every one must be written."""
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
-    for line in re.findall(r"^(?!\.reg)(\w+)\.[bu]32 (.+);$", text, re.M):
-        target, *sources = (part.strip() for part in line[1].split(","))
+def run(text, outputs, inputs, shared=(), **names):
+    """The output registers; outputs must not be read, and every one must be written.
+
+    `shared`: the 32-bit words of shared memory; `names`: addresses in it.
+    """
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)} | names
+    operations = OPERATIONS | {"ld.shared": lambda address: shared[address // 4]}
+    for line in re.findall(r"^(?!\.reg)([\w.]+)\.[bu]32 (.+);$", text, re.M):
+        target, *sources = (part.strip(" []") for part in line[1].split(","))
         values = [registers[s] if s in registers else int(s, 0) for s in sources]
         assert not any(s.startswith("$") and int(s[1:]) < outputs for s in sources)
-        registers[target] = OPERATIONS[line[0]](*values)
+        registers[target] = operations[line[0]](*values)
     return [registers[f"${i}"] for i in range(outputs)]
 
 

@@ -29,6 +29,10 @@ def turboquant(bits, **options):
     return TensorSpec("turboquant", bits, options)
 
 
+def trellis(bits, **options):
+    return TensorSpec("trellis", bits, options)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "dim", "name", "reason"),
     [
@@ -37,7 +41,11 @@ def turboquant(bits, **options):
         (turboquant(5), turboquant(4), 128, "triton plain", "keys have 5-bit levels"),
         (turboquant(4), turboquant(4, levels="lloyd-max"), 128, "triton plain", "values have levels that are not"),
         (turboquant(4), turboquant(3), 80, "triton plain", "value rows of 80 codes"),
-        (TensorSpec("affine", 4), turboquant(4), 128, "torch", "affine keys have no scalar levels"),
+        (TensorSpec("affine", 4), turboquant(4), 128, "torch", "affine keys have no levels"),
+        (trellis(3), trellis(2, states=16), 128, "triton int8", "int8 tensor cores"),
+        (trellis(2, states=1024), turboquant(4), 128, "triton int8", "int8 tensor cores"),
+        (trellis(2), trellis(2), 64, "triton plain", "key rows of 64 trellis codes"),
+        (trellis(1, states=1024), trellis(2), 128, "torch", "trellis keys: 1024 states at 1 bits have 512 path costs"),
         (turboquant(4), turboquant(4), 20, "torch", "head_dim 20"),
     ],
 )
@@ -92,6 +100,8 @@ def moved(view):
         (turboquant(4), turboquant(4), 2, 2, True, None),
         (turboquant(4), turboquant(4), 1, 40, False, None),
         (turboquant(4, center=True), turboquant(3, center=True), 2, 40, True, 20.0),
+        (trellis(3), trellis(2, states=64), 2, 1, False, None),
+        (trellis(2, center=True, balance="key"), turboquant(3), 1, 3, False, None),
     ],
 )
 def test_it_attends_as_torch_does(key, value, share, queries, padded, softcap, monkeypatch):
@@ -125,7 +135,15 @@ def test_any_other_mask_goes_to_torch_and_that_is_said_once():
 
 
 @pytest.mark.parametrize(
-    "spec", [turboquant(3), turboquant(4), turboquant(3, center=True), turboquant(4, center=True, balance="key")]
+    "spec",
+    [
+        turboquant(3),
+        turboquant(4),
+        turboquant(3, center=True),
+        turboquant(4, center=True, balance="key"),
+        trellis(2, states=16),
+        trellis(4, states=16, center=True, balance="key"),
+    ],
 )
 def test_it_appends_what_the_codec_encodes(spec):
     """Into the room behind the last row; what is there already stays."""
@@ -144,7 +162,7 @@ def test_it_appends_what_the_codec_encodes(spec):
         store.length += part.shape[2]
     for name, rows in store.read().items():
         # The codec rotates in float32, the kernel more precisely: a code next to a boundary may differ.
-        assert (rows.cpu() != want[name]).double().mean() < 2e-3
+        assert (rows.cpu() != want[name]).sum() <= 1 + 2e-3 * rows.numel()
 
 
 def test_a_model_that_moved_is_told_what_to_do():

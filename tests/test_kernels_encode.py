@@ -193,7 +193,7 @@ def test_operators():
     planes, checks = [plane.contiguous() for plane in target.planes], ("test_schema", "test_faketensor")
     torch.library.opcheck(encode.encode_op, (x, planes, target.scale.contiguous(), 1, *by, None), test_utils=checks)
     out = torch.empty(2, HEADS, 2, 64, device=DEVICE)
-    arguments = (planes, target.scale.contiguous(), levels, 4, False, out, 1, None)
+    arguments = (planes, target.scale.contiguous(), levels, 4, False, 0, out, 1, None)
     torch.library.opcheck(dequantize.dequantize_op, arguments, test_utils=checks)
 
 

@@ -5,9 +5,11 @@ import torch
 from decode_helpers import levels_of, random
 from encode_helpers import rotation
 from kernels_helpers import DEVICE
+from trellis_helpers import table_of
 
 from tqcompress_kernels import plain, reference
 from tqcompress_kernels.encode import encode, encoder
+from tqcompress_kernels.encode_trellis import trellis_encoder
 from tqcompress_kernels.packed import plane_widths
 from tqcompress_kernels.ring import empty_ring, is_due, packed_at, recent_rows, room_for, tokens_of
 from tqcompress_kernels.step import Constants, Side, Stepper, ring_step, step_op
@@ -18,15 +20,22 @@ HEADS, DIM, SCALING = 2, 64, 0.125
 def constants(key_bits: int, value_bits: int, mean: bool) -> Constants:
     sides = []
     for i, bits in enumerate((key_bits, value_bits)):
-        into, levels = rotation("hadamard" if i else "dense", DIM), levels_of(bits, False)
+        into = rotation("hadamard" if i else "dense", DIM)
         offset = random(HEADS, DIM, seed=i) if mean else None
         back = into.transpose(1, 2).contiguous()
+        if isinstance(bits, tuple):  # a trellis: its states and bits
+            (table, step), window = table_of(*bits), bits[0].bit_length() - 1
+            by = trellis_encoder(into, offset, table, step, bits[1], "fp16")
+            sides.append(Side(table, bits[1], step, False, back, offset, by, window))
+            continue
+        levels = levels_of(bits, False)
         sides.append(Side(levels, bits, None, False, back, offset, encoder(into, offset, levels, "fp16")))
     return Constants(*sides, plain.split)
 
 
-def buffers(bits: int, batch: int, capacity: int):
-    planes = [torch.zeros(batch, HEADS, capacity, DIM * width // 8, dtype=torch.uint8) for width in plane_widths(bits)]
+def buffers(bits: int | tuple[int, int], batch: int, capacity: int):
+    widths = (bits[1],) if isinstance(bits, tuple) else plane_widths(bits)
+    planes = [torch.zeros(batch, HEADS, capacity, DIM * width // 8, dtype=torch.uint8) for width in widths]
     scale = torch.zeros(batch, HEADS, capacity, 1, dtype=torch.float16, device=DEVICE)
     return tuple(plane.to(DEVICE) for plane in planes), scale
 
@@ -93,6 +102,7 @@ class Sequence:
         (2, (4, 2), True, 4, 10, 128, 0, 8, False),  # the ring fills, a block goes
         (2, (3, 3), True, 3, 64, 128, 0, 6, True),
         (1, (2, 4), False, 0, 0, 60, 0, 70, False),  # no sinks, no window: the smallest ring, twice
+        (1, ((16, 2), (16, 3)), True, 3, 10, 130, 0, 4, False),  # trellis codes
         (1, (4, 4), False, 5, 65, 64 + 37 + 5 + 188, 64 + 37, 10, False),  # blocks that do not begin at multiples of 64
     ],
 )

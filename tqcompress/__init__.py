@@ -6,7 +6,7 @@ tqcompress.remove(model)
 """
 
 from .api import apply, load, remove, save
-from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec
+from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels
 from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
 from .hf import TQCompressConfig
 from .hookspecs import hookimpl
@@ -31,6 +31,7 @@ __all__ = [
     "TQCompressConfig",
     "TQCompressError",
     "TensorSpec",
+    "TrellisLevels",
     "__version__",
     "apply",
     "hookimpl",

@@ -99,6 +99,30 @@ class ScalarLevels:
     norm_correction: bool = True
 
 
+@dataclass(frozen=True)
+class TrellisLevels:
+    """A codec of the form `levels[state] * scale`, the states being those of a tail-biting bitshift trellis.
+
+    Stored are the field `codes`, a circular string of `dim * bits` bits for a vector, bit `j` in bit `j % 8` of byte
+    `j // 8`, and the field `scale`. With `2**L` levels the state at coordinate `i` is the number of the L bits from
+    `i * bits` on, the first of them the lowest. Codes are those of the path of least squared error for
+    `y * sqrt(dim) / |y|`, or of one nearly as good; all else is as with `ScalarLevels`.
+
+    Attributes:
+        levels: float32 `[2**L]`, the value of each state: integers in [-127, 127] times `step`, and of states with
+            all bits inverted each other's negatives.
+    """
+
+    levels: Tensor
+    bits: int
+    scale_format: Literal["fp16", "log8"]
+    step: float
+    into: Tensor
+    back: Tensor
+    mean: Tensor | None = None
+    norm_correction: bool = True
+
+
 class Options(BaseModel):
     """Base of a quantizer's own recipe keys; unknown keys are errors."""
 
@@ -180,8 +204,8 @@ class Codec(nn.Module):
     def fit(self, moments: "Moments") -> None:
         """Set state from calibration statistics of the codec's side and heads; data-free codecs have nothing to do."""
 
-    def levels(self) -> ScalarLevels | None:
-        """The scalar form that fused kernels read and write, or None if the codec has none; asked at apply."""
+    def levels(self) -> ScalarLevels | TrellisLevels | None:
+        """The form that fused kernels read and write, or None if the codec has none; asked at apply."""
         return None
 
     # Attention may run in the basis in which vectors are stored: one rotation of the query and one of

@@ -140,12 +140,14 @@ def decode_attention_op(
     key_bits: int,
     key_step: float | None,
     key_uniform: bool,
+    key_window: int,
     value_planes: Sequence[Tensor],
     value_scale: Tensor,
     value_levels: Tensor,
     value_bits: int,
     value_step: float | None,
     value_uniform: bool,
+    value_window: int,
     key_back: Tensor,
     value_back: Tensor,
     key_mean: Tensor | None,
@@ -162,8 +164,8 @@ def decode_attention_op(
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` for torch.compile and export; `sinks` and `recent` are empty or keys and values."""
-    key = Packed(tuple(key_planes), key_scale, key_levels, key_bits, key_step, key_uniform)
-    value = Packed(tuple(value_planes), value_scale, value_levels, value_bits, value_step, value_uniform)
+    key = Packed(tuple(key_planes), key_scale, key_levels, key_bits, key_step, key_uniform, key_window)
+    value = Packed(tuple(value_planes), value_scale, value_levels, value_bits, value_step, value_uniform, value_window)
     return decode_attention(
         query, key, value, key_back, value_back, key_mean, value_mean, tuple(sinks) or None, tuple(recent) or None,
         tokens, scaling, softcap, lengths, mask, block_table, SPLITS[split], splits,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import on_device
 from .packed import Packed, plane_widths
-from .storage import aligned, load_digits, load_shuffled, offset_of, units
+from .storage import aligned, load_digits, load_shuffled, load_states, offset_of, units
 
 BLOCK = 64  # tokens of a program
 
@@ -31,6 +31,7 @@ def dequantize_kernel(
     WIDTHS: tl.constexpr,
     LOWS: tl.constexpr,  # where the bits of a plane begin in a code
     UNIFORM: tl.constexpr,
+    WINDOW: tl.constexpr,
     LOG_SCALE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,  # 0 without a block table
     PLANE_UNIT: tl.constexpr,
@@ -53,7 +54,9 @@ def dequantize_kernel(
     for i in tl.static_range(len(planes)):
         strides = (plane_strides[3 * i], plane_strides[3 * i + 1], plane_strides[3 * i + 2])
         rows = planes[i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
-        if BITS == 3 and WIDTHS[i] == 1:
+        if WINDOW:
+            code = load_states(rows, seen, BITS, WINDOW, SIZE, DIM)
+        elif BITS == 3 and WIDTHS[i] == 1:
             code |= load_shuffled(rows, seen, SIZE, DIM, ALIGNED) << LOWS[i]
         else:
             code |= load_digits(rows, seen, WIDTHS[i], SIZE, DIM, ALIGNED) << LOWS[i]
@@ -87,7 +90,7 @@ def dequantize(packed: Packed, out: Tensor, start: int, block_table: Tensor | No
     """Write `levels[code] * scale` of tokens from `start` on, as many as `out` has room for.
 
     Args:
-        packed: the stored side; its levels are symmetric about zero.
+        packed: the stored side; scalar levels are symmetric about zero.
         out: `[batch, kv_heads, tokens, head_dim]` float16, bfloat16 or float32; all strides but the last are free.
         start: the first token.
         block_table: int32 `[batch, max_pages]` or None. If given, token t is row `t % page_tokens` of page
@@ -106,22 +109,23 @@ def dequantize_op(
     levels: Tensor,
     bits: int,
     uniform: bool,
+    window: int,
     out: Tensor,
     start: int,
     block_table: Tensor | None,
 ) -> None:
     """`dequantize` for compiled models."""
-    dequantize(Packed(tuple(planes), scale, levels, bits, None, uniform), out, start, block_table)
+    dequantize(Packed(tuple(planes), scale, levels, bits, None, uniform, window), out, start, block_table)
 
 
 @dequantize_op.register_fake
-def _(planes, scale, levels, bits, uniform, out, start, block_table) -> None:
+def _(planes, scale, levels, bits, uniform, window, out, start, block_table) -> None:
     return None
 
 
 def _launch(packed: Packed, out: Tensor, start: int, block_table: Tensor | None) -> None:
     batch, heads, tokens, dim = out.shape
-    widths = plane_widths(packed.bits)
+    widths = (packed.bits,) if packed.window else plane_widths(packed.bits)
     plane_unit, plane_strides = units(tuple(stride for plane in packed.planes for stride in plane.stride()[:3]), 16)
     out_unit, out_strides = units(out.stride()[:3], 8)
     dequantize_kernel[(triton.cdiv(tokens, BLOCK), heads, batch)](
@@ -142,11 +146,12 @@ def _launch(packed: Packed, out: Tensor, start: int, block_table: Tensor | None)
         WIDTHS=widths,
         LOWS=tuple(sum(widths[:i]) for i in range(len(widths))),
         UNIFORM=packed.uniform,
+        WINDOW=packed.window,
         LOG_SCALE=packed.scale.dtype == torch.uint8,
         PAGE_TOKENS=0 if block_table is None else packed.planes[0].shape[2],
         PLANE_UNIT=plane_unit,
         OUT_UNIT=out_unit,
-        ALIGNED=aligned(packed.planes, widths),
+        ALIGNED=not packed.window and aligned(packed.planes, widths),
         BLOCK=BLOCK,
         num_warps=4,
     )

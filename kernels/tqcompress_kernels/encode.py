@@ -1,7 +1,7 @@
 """Encoding in one kernel: rotate, centre, normalise, quantize, correct the norm, pack, and store where the cache is."""
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 import triton
@@ -9,12 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode_kernel import encode_kernel
-from .launch import launch, on_device
+from .launch import Scratch, launch, on_device
 from .overlap import launch_options
 from .packed import plane_widths
 from .ring import BLOCK, Ring
 from .storage import aligned, units
 
+if TYPE_CHECKING:
+    from .encode_trellis import TrellisEncoder
+
+AnyEncoder = Union["Encoder", "TrellisEncoder"]
 INTERPRETED = not isinstance(encode_kernel, triton.JITFunction)
 CHUNK_BYTES = 24 << 10  # of a matrix that is streamed through shared memory, twice
 FEW = 16  # vectors of a head that are encoded one a program, without a matrix product
@@ -40,6 +44,13 @@ class Encoder(NamedTuple):
     log_scale: bool
     norm_correction: bool
     uniform: bool
+
+    def launch(
+        self, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
+        ring: Ring | None = None, count: bool = False, memory: Scratch | None = None,
+    ) -> None:  # fmt: skip
+        """Encode `x` as `encode` says, or with a ring as `encode_due` does, if a block leaves it."""
+        run(self, x, planes, scale, start, slots, ring, count, planes[0].shape[2])
 
 
 def encoder(
@@ -72,7 +83,7 @@ def encoder(
 
 
 def encode(
-    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: Encoder, slots: Tensor | None = None
+    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: AnyEncoder, slots: Tensor | None = None
 ) -> None:
     """Encode vectors into rows of a cache's storage; nothing else there is touched.
 
@@ -82,7 +93,7 @@ def encode(
             `[pages, kv_heads, page_tokens, ...]`. All strides but the last are free.
         scale: `[..., rows, 1]`, float16 or uint8 (log8), shaped like the planes but for the last dimension.
         start: token t goes to row `start + t`.
-        by: the prepared `encoder`.
+        by: the prepared `encoder`, or `encode_trellis.trellis_encoder`, whose codes are one plane.
         slots: int64 `[batch, tokens]` or None. If given, token (b, t) goes to row `slots[b, t] % page_tokens` of page
             `slots[b, t] // page_tokens` instead, and nowhere if the slot is negative. A contiguous cache whose length
             is only known on the device is such a target: its "pages" are the batch.
@@ -90,7 +101,7 @@ def encode(
     if x.numel() == 0:
         return
     with on_device(x):
-        _launch(x, planes, scale, start, by, slots)
+        by.launch(x, planes, scale, start, slots)
 
 
 @torch.library.custom_op("tqcompress::encode", mutates_args={"planes", "scale"})
@@ -154,6 +165,8 @@ def _bfloat16_terms(into: Tensor) -> tuple[Tensor, float]:
 
 
 def _method(by: Encoder) -> str:
+    if by.table.dim() == 0:  # not of levels: a factor of vectors that are left as numbers
+        return "unit"
     if by.uniform:
         return "uniform"
     return "linear" if by.bits <= LINEAR_BITS else "search"
@@ -201,22 +214,24 @@ def _tiling(device: int | None, itemsize: int, terms: int, size: int) -> _Tiling
     return _Tiling(block, resident, 4 * properties.multi_processor_count, options)
 
 
-def encode_due(ring: Ring, side: int, planes: tuple[Tensor, ...], scale: Tensor, by: Encoder) -> None:
+def encode_due(
+    ring: Ring, side: int, planes: tuple[Tensor, ...], scale: Tensor, by: AnyEncoder, memory: Scratch | None = None
+) -> None:
     """Encode the block of tokens that leaves the ring at this step, if one does: for the host always the same call.
 
     `side` is 0 for keys and 1 for values. Keys come first in a step: their call also counts the packed tokens. See
-    `encode` for the rest.
+    `encode` for the rest. `memory`: whose `new_empty` gives room for intermediate results; `x` if None.
     """
     x = ring.exact[side, :, :, ring.sinks :]
     with on_device(x):
-        _launch(x[:, :, : BLOCK.value], planes, scale, 0, by, None, ring, side == 0)
+        by.launch(x[:, :, : BLOCK.value], planes, scale, 0, None, ring, side == 0, memory)
 
 
-def _launch(
-    x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, by: Encoder, slots: Tensor | None,
-    ring: Ring | None = None, count: bool = False,
+def run(
+    by: Encoder, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
+    ring: Ring | None, count: bool, capacity: int,
 ) -> None:  # fmt: skip
-    """Choose the tiles and run the kernel."""
+    """Choose the tiles and run the kernel; `capacity`: rows of the cache's storage."""
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, tokens, dim = x.shape
     terms, matrices, size, _ = by.matrix.shape
@@ -248,7 +263,7 @@ def _launch(
         by.matrix.stride(0),
         by.matrix.stride(1) if matrices > 1 else 0,
         0 if ring is None else ring.sinks,
-        planes[0].shape[2],
+        capacity,
         batch,
         tokens,
         start,

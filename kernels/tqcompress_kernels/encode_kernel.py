@@ -1,10 +1,13 @@
-"""The device side of `encode`. A tile is `[BLOCK, SIZE]`: tokens of one head, coordinates padded to `SIZE`."""
+"""The device side of `encode`. A tile is `[BLOCK, SIZE]`: tokens of one head, coordinates padded to `SIZE`.
+
+With METHOD "unit" vectors are rotated and normalised only, for `viterbi`.
+"""
 
 import triton
 import triton.language as tl
 
 from .overlap import let_next_start, wait_for_previous
-from .quantize import levels_of, quantized
+from .quantize import TINY, levels_of, quantized
 from .ring import due_block
 from .storage import offset_of, shuffled, store_words
 
@@ -98,27 +101,43 @@ def encode_kernel(
         y = tl.permute(tl.reshape(y, (BLOCK, LANES // 4, SIZE // LANES // 2, 4, 2)), (0, 1, 3, 2, 4))
         y = tl.reshape(y, (BLOCK, LANES, SIZE // LANES) if BLOCK > 1 else (1, SIZE // 8, 8))
         rms = tl.sqrt(tl.sum(tl.sum(y * y, 2), 1, keep_dims=True) / DIM)
-        words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
-        if CORRECT:
-            stored = tl.sum(rms, 1) * factor / tl.sqrt(tl.sum(energy, 1) / DIM + levels[0])
+        if METHOD == "unit":
+            vector = (page * tl.num_programs(1) + head) * tokens + row + lane
+            count = tl.num_programs(1).to(tl.int64) * batch * tokens
+            unit = y * (levels[0] / tl.maximum(rms, TINY))[:, :, None]
+            _store_units(planes[0] + vector, count, unit, seen, DIM)
+            tl.store(scale + vector, tl.sum(rms, 1) * (factor * DIM**0.5), mask=seen)
         else:
-            stored = tl.sum(rms, 1) * factor
-        if PAGE_TOKENS:
-            slot = tl.load(slots + page * slot_stride + row + lane, mask=seen, other=-1)
-            seen, page, row, lane = slot >= 0, slot // PAGE_TOKENS, slot % PAGE_TOKENS, lane * 0
-        else:
-            row += start
-        for i in tl.static_range(len(planes)):
-            strides = (plane_strides[3 * i], plane_strides[3 * i + 1], plane_strides[3 * i + 2])
-            rows = planes[i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
-            if BITS == 3 and WIDTHS[i] == 1:
-                store_words(rows, shuffled(words[i]), seen, 2, (DIM + 15) // 16, ALIGNED)
+            words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
+            if CORRECT:
+                stored = tl.sum(rms, 1) * factor / tl.sqrt(tl.sum(energy, 1) / DIM + levels[0])
             else:
-                store_words(rows, words[i], seen, WIDTHS[i], DIM // 8, ALIGNED)
-        rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
-        tl.store(rows, _scale(stored, LOG_SCALE), mask=seen)
+                stored = tl.sum(rms, 1) * factor
+            if PAGE_TOKENS:
+                slot = tl.load(slots + page * slot_stride + row + lane, mask=seen, other=-1)
+                seen, page, row, lane = slot >= 0, slot // PAGE_TOKENS, slot % PAGE_TOKENS, lane * 0
+            else:
+                row += start
+            for i in tl.static_range(len(planes)):
+                strides = (plane_strides[3 * i], plane_strides[3 * i + 1], plane_strides[3 * i + 2])
+                rows = planes[i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
+                if BITS == 3 and WIDTHS[i] == 1:
+                    store_words(rows, shuffled(words[i]), seen, 2, (DIM + 15) // 16, ALIGNED)
+                else:
+                    store_words(rows, words[i], seen, WIDTHS[i], DIM // 8, ALIGNED)
+            rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
+            tl.store(rows, stored_scale(stored, LOG_SCALE), mask=seen)
     if not COUNT:
         wait_for_previous(OVERLAP)
+
+
+@triton.jit
+def _store_units(target, count, unit, seen, DIM: tl.constexpr):
+    """Rounded to integers, `count` vectors side by side in each of `DIM` rows: what `viterbi_kernel` reads."""
+    SHARE: tl.constexpr = unit.shape[2]
+    column = tl.arange(0, unit.shape[1])[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    mask = seen[:, None, None] & (column < DIM)[None, :, :]
+    tl.store(target[:, None, None] + (column * count)[None, :, :], tl.floor(unit + 0.5).to(tl.int32), mask=mask)
 
 
 @triton.jit
@@ -163,7 +182,7 @@ def _product(y, x, matrix, X_TERMS: tl.constexpr, M_TERMS: tl.constexpr, DOT: tl
 
 
 @triton.jit
-def _scale(scale, LOG_SCALE: tl.constexpr):
+def stored_scale(scale, LOG_SCALE: tl.constexpr):
     """The stored form: float16, or 2^((code - 128) / 16) in 8 bits, 0 for zero and 255 for too large or NaN."""
     if LOG_SCALE:
         code = tl.floor(tl.log2(scale) * 16 + 128.5)

@@ -4,17 +4,18 @@ Needs CUDA with int8 tensor cores reached by mma.sync m16n8k32 (compute capabili
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import overlap, tuning
+from . import overlap, trellis_asm, tuning
 from .fast_kernel import decode_kernel
 from .launch import launch
 from .packed import Packed, is_uniform
 
 LANES = 32
+TABLE_BYTES = 16 << 10  # of shared memory for the table of a trellis
 RESERVED = 1024  # bytes of shared memory that the system takes of each program
 
 
@@ -22,7 +23,8 @@ RESERVED = 1024  # bytes of shared memory that the system takes of each program
 class Lookup:
     """How a side's codes become integers: `kind` of `fast_kernel`, its table on the device, and the unit.
 
-    Kind "u4" means uniform levels `(code - 7.5) * step`; "t4" any levels that are integers times `step`.
+    Kind "u4" means uniform levels `(code - 7.5) * step`; "t4" any levels that are integers times `step`; "w4..." codes
+    of a trellis, see `trellis_asm.Kind`.
     """
 
     kind: str
@@ -33,6 +35,15 @@ class Lookup:
     def bits(self) -> int:
         """Bits a code."""
         return int(self.kind[1])
+
+    @property
+    def trellis(self) -> trellis_asm.Kind | None:
+        """The kind of trellis codes, None for others."""
+        return trellis_asm.parse(self.kind) if self.kind[0] == "w" else None
+
+    def to(self, device: torch.device) -> "Lookup":
+        """The same on another device."""
+        return replace(self, table=self.table.to(device))
 
 
 def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
@@ -52,6 +63,39 @@ def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
     words = {2: _words(whole), 3: _words(whole), 4: _words(whole[8:] + 1) + _words(whole[:8])}[bits]
     table = torch.tensor(words, dtype=torch.int64).to(torch.int32)[:, None].expand(-1, LANES).contiguous()
     return Lookup(f"t{bits}", table.to(device), step)
+
+
+def trellis_lookup(levels: Tensor, step: float, bits: int, per: int | None = None, copies: int | None = None) -> Lookup:
+    """The lookup for trellis codes whose states have these `levels` `[2**window]`, integers times `step`.
+
+    Args:
+        per: coordinates that are looked up at once, 1, 2 or 4.
+        copies: of the table, a power of two up to 32; as many as fit into `TABLE_BYTES` if None.
+    """
+    window = len(levels).bit_length() - 1
+    kinds = [trellis_asm.Kind(bits, window, n, 1, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
+    kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
+    kind = min((kind for kind in kinds if 4 * kind.entries <= TABLE_BYTES or per), key=_cost)
+    whole = (levels.double().cpu() / step).round().to(torch.int64) & 255
+    entry = torch.arange(kind.entries)
+    words = sum(whole[(entry >> (bits * i)) & (len(levels) - 1)] << (8 * i) for i in range(kind.per))
+    lanes = torch.arange(LANES) % kind.copies * 4
+    table = torch.cat([lanes, words.repeat_interleave(kind.copies)]).to(torch.int32)
+    return Lookup(kind.text, table.to(levels.device), step)
+
+
+def _copies(kind: trellis_asm.Kind) -> int:
+    """As many as fit."""
+    return min(32, 1 << max(1, TABLE_BYTES // (4 * kind.entries)).bit_length() - 1)
+
+
+# How often, on average, a warp's lookups take their turn at the bank where most of them meet.
+TURNS = {1: 3.5, 2: 3.3, 4: 3.1, 8: 2.9, 16: 2.0, 32: 1.0}
+
+
+def _cost(kind: trellis_asm.Kind) -> float:
+    """Cycles of a multiprocessor's quarter for a coordinate of a warp: of its shared memory or of its integer unit."""
+    return max(4 * TURNS[kind.copies] / kind.per, 2 * (2 / kind.per + (1.35 if kind.per == 1 else 1.1)))
 
 
 def integer_step(levels: Tensor, largest: int = 126) -> float | None:
@@ -75,14 +119,17 @@ def padded(dim: int, bits: int, key: bool) -> int:
     return max(least, 1 << (dim - 1).bit_length())
 
 
-def obstacle(key_levels: Tensor, value_levels: Tensor, dim: int, device: torch.device) -> str | None:
-    """Why the kernel cannot read such keys and values of head_dim `dim` on `device`, or None if it can."""
+def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch.device) -> str | None:
+    """Why the kernel cannot read keys and values with these lookups and head_dim `dim`, or None if it can."""
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "compute capability below 8.0 has no int8 mma.sync m16n8k32"
-    for side, levels in (("key", key_levels), ("value", value_levels)):
-        found = lookup(levels, torch.device("cpu"))
+    for side, found in (("key", key), ("value", value)):
         if isinstance(found, str):
             return f"{side}s have {found}"
+        if found.trellis:
+            if dim not in (128, 256):
+                return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 128 and 256"
+            continue
         narrowest = 1 if found.bits == 3 else found.bits
         if dim * narrowest % 32:
             return f"{side} rows of {dim} codes are not whole 32-bit words"
@@ -94,6 +141,8 @@ class FastSplit:
 
     def __init__(self, key: Lookup, value: Lookup):
         self.key, self.value = key, value
+        if value.trellis and (key.kind != value.kind or not torch.equal(key.table, value.table)):  # not one for both
+            self.value = replace(value, kind=value.trellis._replace(name="tq_trellis_of_values").text)
 
     def __call__(
         self, rotated: Tensor, bias: Tensor | None, key: Packed, value: Packed, partial: Tensor, lse: Tensor,
@@ -135,12 +184,13 @@ class FastSplit:
             *vc.stride()[:2], *vh.stride()[:2], *value.scale.stride()[:2],
             0 if mask is None else mask.stride(0), 0 if block_table is None else block_table.stride(0),
             KEY=self.key.kind, VALUE=self.value.kind, D=dim,
-            KD=padded(dim, self.key.bits, True), VD=padded(dim, self.value.bits, False),
+            KD=self._padded(dim, True), VD=self._padded(dim, False),
             COLUMNS=columns, C=max(4, 1 << (columns - 1).bit_length()), T=tile, PAGE=page,
             KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
             VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
             SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
-            BUFFERS=self._buffers(key, value, dim, tile, stages), num_warps=1, **overlap.launch_options(rotated.device),
+            BUFFERS=self._buffers(key, value, dim, tile, stages), CLAIMS=self._claims(key.scale.device), num_warps=1,
+            **overlap.launch_options(rotated.device),
         )  # fmt: skip
 
     def _buffers(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> int:
@@ -150,11 +200,22 @@ class FastSplit:
         multiprocessors idle; the shared memory they claim is what spreads them evenly.
         """
         device = key.scale.device
-        if not overlap.overlaps(device):
+        if not overlap.overlaps(device) or self.key.trellis or self.value.trellis:
             return stages
         scales = key.scale.element_size() + value.scale.element_size()
-        codes = padded(dim, self.key.bits, True) * self.key.bits + padded(dim, self.value.bits, False) * self.value.bits
+        codes = self._padded(dim, True) * self.key.bits + self._padded(dim, False) * self.value.bits
         return max(stages, _room(device) // (tile * (codes // 8 + scales)))
+
+    def _padded(self, dim: int, key: bool) -> int:
+        """The head_dim of one side's tile."""
+        side = self.key if key else self.value
+        return dim if side.trellis else padded(dim, side.bits, key)
+
+    def _claims(self, device: torch.device) -> tuple[int, int]:
+        """Bytes that each side's table claims at least, for the reason of `_buffers`; -1 for values that need none."""
+        share = self.key.kind == self.value.kind
+        claim = _room(device) if self.key.trellis and share and overlap.overlaps(device) else 0
+        return claim, -1 if share else 0
 
 
 @functools.cache

@@ -15,7 +15,7 @@ NIBBLES = "0x0F0F0F0F"
 SELECT = "0xE4"  # lop3: bits of the first operand where the third is set, of the second elsewhere
 
 
-class _Asm:
+class Asm:
     """Collects instructions; operands are numbered outputs first, then inputs."""
 
     def __init__(self, outputs: int, registers: str):
@@ -47,7 +47,7 @@ def constraints(outputs: int, inputs: int) -> str:
 def key_uniform(bits: int) -> tuple[str, int]:
     """Output j holds code `8 / bits * byte + j` of the 4 bytes, times 2**(shift of j below 4)."""
     count = 8 // bits
-    asm = _Asm(count, "high")
+    asm = Asm(count, "high")
     word, mask = asm.input(0), (1 << bits) - 1
     if bits == 8:
         asm.add(f"xor.b32 $0, {word}, 0x80808080")
@@ -61,7 +61,7 @@ def key_uniform(bits: int) -> tuple[str, int]:
 
 def key_table4() -> tuple[str, int]:
     """Codes 0-3 of the word as (upper, lower) lookups, then codes 4-7; inputs: word, 4 x each table word."""
-    asm = _Asm(4, "x, y")
+    asm = Asm(4, "x, y")
     word, p0, p1, n0, n1 = (asm.input(4 * i) for i in range(5))
     asm.add(
         f"xor.b32 x, {word}, 0x88888888",
@@ -80,7 +80,7 @@ def key_table3(odd: bool) -> tuple[str, int]:
 
     The high bits of two words share a register; `odd` tells which half is this word's.
     """
-    asm = _Asm(4, "x, s, t")
+    asm = Asm(4, "x, s, t")
     word, high, p0, p1 = (asm.input(4 * i) for i in range(4))
     if odd:
         asm.add(f"shr.u32 x, {high}, 14", f"prmt.b32 x, x, {high}, 0x7610")
@@ -99,7 +99,7 @@ def key_table3(odd: bool) -> tuple[str, int]:
 
 def key_table2() -> tuple[str, int]:
     """As `key_table3` without high bits; inputs: word, table word."""
-    asm = _Asm(4, "s")
+    asm = Asm(4, "s")
     word, p0 = asm.input(0), asm.input(4)
     for parity in range(2):
         if parity:
@@ -110,7 +110,7 @@ def key_table2() -> tuple[str, int]:
     return asm.done()
 
 
-def _bytes_across(asm: _Asm, count: int) -> list[str]:
+def _bytes_across(asm: Asm, count: int) -> list[str]:
     """Registers r0.. of byte i of 4 tokens, from the first four inputs."""
     a, b, c, d = (asm.input(i) for i in range(4))
     for half, selector in enumerate(("0x5140", "0x7362")[: count // 2]):
@@ -126,7 +126,7 @@ def value_uniform(bits: int) -> tuple[str, int]:
     words have only 2 bytes.
     """
     bytes_, count = (2 if bits == 1 else 4), 8 // bits
-    asm = _Asm(bytes_ * count, "t0, t1, r0, r1, r2, r3, flip")
+    asm = Asm(bytes_ * count, "t0, t1, r0, r1, r2, r3, flip")
     registers = _bytes_across(asm, bytes_)
     if bits == 8:
         asm.add(*(f"xor.b32 ${i}, {r}, 0x80808080" for i, r in enumerate(registers)))
@@ -142,7 +142,7 @@ def value_uniform(bits: int) -> tuple[str, int]:
     return asm.done()
 
 
-def _nibbles_across(asm: _Asm) -> None:
+def _nibbles_across(asm: Asm) -> None:
     """Registers ae, ao, be, bo: in each byte a nibble (even or odd ones) of tokens 0 and 1 (a) or 2 and 3 (b)."""
     for name, first, second in (("a", asm.input(0), asm.input(1)), ("b", asm.input(2), asm.input(3))):
         asm.add(
@@ -156,7 +156,7 @@ def _nibbles_across(asm: _Asm) -> None:
 _QUADS = [(half, parity) for half in range(2) for parity in range(2)]
 
 
-def _quad(asm: _Asm, half: int, parity: int) -> tuple[int, int]:
+def _quad(asm: Asm, half: int, parity: int) -> tuple[int, int]:
     """Register s: a nibble of 4 tokens in its low half and another in its high half; returns which nibbles."""
     suffix = "eo"[parity]
     asm.add(f"prmt.b32 s, a{suffix}, b{suffix}, {('0x5140', '0x7362')[half]}")
@@ -165,7 +165,7 @@ def _quad(asm: _Asm, half: int, parity: int) -> tuple[int, int]:
 
 def value_table4() -> tuple[str, int]:
     """Outputs 2i, 2i + 1: the two lookups of code i of 4 tokens; inputs: 4 words, 4 x each table word."""
-    asm = _Asm(16, "ae, ao, be, bo, s, t")
+    asm = Asm(16, "ae, ao, be, bo, s, t")
     p0, p1, n0, n1 = (asm.input(4 + 4 * i) for i in range(4))
     _nibbles_across(asm)
     for half, parity in _QUADS:
@@ -184,7 +184,7 @@ def value_table4() -> tuple[str, int]:
 
 def value_table3() -> tuple[str, int]:
     """Output i holds code i of 4 tokens; inputs: 4 words, 4 x 16 high bits, table words."""
-    asm = _Asm(16, "ae, ao, be, bo, s, t, u, he, ho, x, y")
+    asm = Asm(16, "ae, ao, be, bo, s, t, u, he, ho, x, y")
     p0, p1 = asm.input(8), asm.input(12)
     _nibbles_across(asm)
     asm.add(
@@ -215,7 +215,7 @@ def value_table3() -> tuple[str, int]:
 
 def value_table2() -> tuple[str, int]:
     """As `value_table3` without high bits; inputs: 4 words, table word."""
-    asm = _Asm(16, "ae, ao, be, bo, s, t, u")
+    asm = Asm(16, "ae, ao, be, bo, s, t, u")
     p0 = asm.input(4)
     _nibbles_across(asm)
     for half, parity in _QUADS:

@@ -21,6 +21,7 @@ from .fast_operands import (
     code_bits,
     expand,
     half_words,
+    is_trellis,
     is_uniform,
     join_fixed,
     key_operands,
@@ -32,8 +33,17 @@ from .fast_operands import (
     side_by_side,
     store_rows,
     value_table,
+    word_count,
 )  # fmt: skip
-from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, value_scales, value_tile
+from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, scale_of, value_scales, value_tile
+from .fast_trellis import (
+    await_tables,
+    key_strings,
+    load_table,
+    trellis_key_operands,
+    trellis_value_operands,
+    value_strings,
+)
 from .overlap import let_next_start, wait_for_previous
 
 
@@ -51,6 +61,24 @@ def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, 
         return mma_v2(a, P, r)
 
 
+@gluon.jit
+def side_ring(kind: gl.constexpr, BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, p_scale):
+    """The ring of one side; strings of trellis codes have none."""
+    if is_trellis(kind):
+        return (0, 0, 0)
+    else:
+        return ring(BUFFERS, T, DIM, main_bits(kind), code_bits(kind) == 3, p_scale)
+
+
+@gluon.jit
+def copy_ahead(kind: gl.constexpr, buffers, stage, side, s, end, D: gl.constexpr, ROW: gl.constexpr,
+               HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr, T: gl.constexpr):  # fmt: skip
+    """`copy_side` for a side that has a ring."""
+    if not is_trellis(kind):
+        bits: gl.constexpr = main_bits(kind)
+        copy_side(buffers, stage, side, s, end, D, bits, code_bits(kind) == 3, ROW, HIGH_ROW, table, PAGE, T)
+
+
 # Not specialised: what changes from step to step, or it would be compiled anew.
 @gluon.jit(do_not_specialize=["tokens", "kv_heads", "all_columns"])
 def decode_kernel(
@@ -61,7 +89,7 @@ def decode_kernel(
     COLUMNS: gl.constexpr, C: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
     KR: gl.constexpr, KHR: gl.constexpr, KSR: gl.constexpr, VR: gl.constexpr, VHR: gl.constexpr, VSR: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, MASK: gl.constexpr, LENGTHS: gl.constexpr, BIAS: gl.constexpr,
-    BUFFERS: gl.constexpr, OVERLAP: gl.constexpr,
+    BUFFERS: gl.constexpr, CLAIMS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One split of one KV head. See `plain.split` for the arguments."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
@@ -72,7 +100,7 @@ def decode_kernel(
     VB: gl.constexpr = code_bits(VALUE)
     KMAIN: gl.constexpr = main_bits(KEY)
     VMAIN: gl.constexpr = main_bits(VALUE)
-    VALUE_WORDS: gl.constexpr = VD // 8 // plan("value", VALUE, "codes")
+    VALUE_WORDS: gl.constexpr = word_count("value", VALUE, VD)
     OUTS: gl.constexpr = plan("value", VALUE, "codes") // 2  # accumulators a word
     OL: gl.constexpr = join_fixed(gl.zeros([16, N], gl.int32, MMA)).type.layout
     SL: gl.constexpr = join_fixed(gl.zeros([T, N], gl.int32, MMA)).type.layout
@@ -112,14 +140,18 @@ def decode_kernel(
     )
 
     # Whole tiles come through a ring of shared-memory buffers, copied `STAGES - 1` tiles ahead of their use.
-    k_ring = ring(BUFFERS, T, KD, KMAIN, KB == 3, p_ks)
-    v_ring = ring(BUFFERS, T, VD, VMAIN, VB == 3, p_vs)
+    k_ring = side_ring(KEY, BUFFERS, T, KD, p_ks)
+    v_ring = side_ring(VALUE, BUFFERS, T, VD, p_vs)
     for ahead in gl.static_range(STAGES - 1):
         if start + ahead * T < whole:
-            copy_side(k_ring, ahead, keys, start + ahead * T, end, D, KMAIN, KB == 3, KR, KHR, p_pages, PAGE, T)
-            copy_side(v_ring, ahead, values, start + ahead * T, end, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T)
+            copy_ahead(KEY, k_ring, ahead, keys, start + ahead * T, end, D, KR, KHR, p_pages, PAGE, T)
+            copy_ahead(VALUE, v_ring, ahead, values, start + ahead * T, end, D, VR, VHR, p_pages, PAGE, T)
         async_copy.commit_group()
 
+    if is_trellis(KEY):
+        load_table(k_table + 32, KEY, CLAIMS[0])
+    if is_trellis(VALUE) and CLAIMS[1] >= 0:  # else it shares the keys' table
+        load_table(v_table + 32, VALUE, CLAIMS[1])
     k_tables = ()
     for i in gl.static_range(plan("key", KEY, "tables")):
         k_tables = k_tables + (key_table(k_table + 32 * i, T),)
@@ -128,7 +160,9 @@ def decode_kernel(
         v_tables = v_tables + (value_table(v_table + 32 * i, T),)
 
     wait_for_previous(OVERLAP)
-    queries, top, total = query_operands(p_query + row * all_columns * D, KEY, KD * KMAIN // 128, D, COLUMNS, N, B8)
+    queries, top, total = query_operands(
+        p_query + row * all_columns * D, KEY, word_count("key", KEY, KD), D, COLUMNS, N, B8
+    )
     gain = per_head(top, HEAD) * (key_step * scaling / LIMIT)
     head = gl.arange(0, C, HEAD)
     offset = gl.zeros([C], gl.float32, HEAD)
@@ -145,19 +179,30 @@ def decode_kernel(
     for _ in gl.static_range(VD // 16):
         acc = acc + (gl.zeros([16, C], gl.float32, OL),)
     stage = 0
+    if is_trellis(KEY) or is_trellis(VALUE):
+        await_tables()
     for part in gl.static_range(2):  # whole tiles, then the one that ends in the middle, if any
         for s in range(start if part == 0 else whole, whole if part == 0 else end, T):
             if part == 0:
                 free = (stage + STAGES - 1) % STAGES
                 coming = gl.minimum(s + (STAGES - 1) * T, whole - T)
-                copy_side(k_ring, free, keys, coming, end, D, KMAIN, KB == 3, KR, KHR, p_pages, PAGE, T)
-                copy_side(v_ring, free, values, coming, end, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T)
-                async_copy.commit_group()
-                async_copy.wait_group(STAGES - 1)
-            words, high, ks = key_tile(
-                k_ring, stage, keys, s, end, KD, D, KMAIN, KB == 3, KR, KHR, KSR, p_pages, PAGE, T, part == 1
-            )
-            operands = key_operands(KEY, words, high, k_tables)
+                copy_ahead(KEY, k_ring, free, keys, coming, end, D, KR, KHR, p_pages, PAGE, T)
+                copy_ahead(VALUE, v_ring, free, values, coming, end, D, VR, VHR, p_pages, PAGE, T)
+                if not (is_trellis(KEY) and is_trellis(VALUE)):
+                    async_copy.commit_group()
+                    async_copy.wait_group(STAGES - 1)
+            if is_trellis(KEY):
+                words = key_strings(KEY, keys[0], s, end, D, KR, p_pages, keys[3], PAGE, T, part == 1)
+                ks = scale_of(load_rows(keys[2], s, end, KSR, p_pages, keys[5], PAGE, T, part == 1))
+            if is_trellis(VALUE):  # loaded while keys are worked on
+                v_strings = value_strings(VALUE, values[0], s, end, D, VR, p_pages, values[3], PAGE, T, part == 1)
+            if is_trellis(KEY):
+                operands = trellis_key_operands(KEY, words, k_tables[0])
+            else:
+                words, high, ks = key_tile(
+                    k_ring, stage, keys, s, end, KD, D, KMAIN, KB == 3, KR, KHR, KSR, p_pages, PAGE, T, part == 1
+                )
+                operands = key_operands(KEY, words, high, k_tables)
             S = gl.zeros([T, N], gl.int32, MMA)
             for i in gl.static_range(len(operands) // 2):
                 a = side_by_side(operands[2 * i], operands[2 * i + 1], 1)
@@ -186,7 +231,10 @@ def decode_kernel(
                 p = gl.where(scores > -5e29, p, 0.0)
             mass = mass * shrink + grow * gl.sum(p, 0)
 
-            vs = value_scales(v_ring, stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
+            if is_trellis(VALUE):
+                vs = scale_of(load_rows(values[2], s, end, VSR, p_pages, values[5], PAGE, T, part == 1))
+            else:
+                vs = value_scales(v_ring, stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
             vmax = gl.maximum(gl.max(vs, 0), 1e-30)
             grow = grow * (vmax / LIMIT)
             # 1.5 * 2**23 puts the integer into the low bits of the float; the 128 rounds the high byte.
@@ -199,15 +247,19 @@ def decode_kernel(
             P = gl.convert_layout(gl.reshape(P, [T, N]), B8)
             shrink_o = gl.convert_layout(shrink, HEAD_O)[None, :]
             grow_o = gl.convert_layout(grow, HEAD_O)[None, :]
-            words, high = value_tile(
-                v_ring, stage, values, s, end, VD, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T, part == 1
-            )
-            if VB == 1:
-                words = half_words(words, VALUE_WORDS)
-            high = half_words(high, VALUE_WORDS) if VB == 3 else words
+            if not is_trellis(VALUE):
+                words, high = value_tile(
+                    v_ring, stage, values, s, end, VD, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T, part == 1
+                )
+                if VB == 1:
+                    words = half_words(words, VALUE_WORDS)
+                high = half_words(high, VALUE_WORDS) if VB == 3 else words
             new = ()
             for u in gl.static_range(VALUE_WORDS):
-                o = expand("value", VALUE, 0, arguments(VALUE, words[u], high[u], v_tables))
+                if is_trellis(VALUE):
+                    o = trellis_value_operands(VALUE, v_strings, u, v_tables[0])
+                else:
+                    o = expand("value", VALUE, 0, arguments(VALUE, words[u], high[u], v_tables))
                 for i in gl.static_range(OUTS):
                     r = value_product(VALUE, o, i, P, A8, MMA)
                     new = new + (acc[OUTS * u + i] * shrink_o + join_fixed(r) * grow_o,)

@@ -3,23 +3,23 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from . import fast_asm
+from . import fast_asm, trellis_asm
 
 LIMIT = gl.constexpr(32000.0)  # of the fixed-point numbers: 125 * 256, so that no high byte overflows
 
-# Kinds: "u" uniform levels read by masks, "t" a table of levels; then the bits.
+# Kinds: "u" uniform levels read by masks, "t" a table of levels; then the bits. "w", trellis codes: `trellis_asm.Kind`.
 PLANS = gl.constexpr({"key": fast_asm.key_plans(), "value": fast_asm.value_plans()})
 
 
 @gluon.constexpr_function
 def plan(side, kind, entry):
     """An entry of a kind's `fast_asm.Plan`."""
-    return getattr(PLANS.value[side][kind], entry)
+    return getattr(trellis_asm.plan(side, kind) if kind[0] == "w" else PLANS.value[side][kind], entry)
 
 
 @gluon.constexpr_function
 def text_of(side, kind, odd):
-    text = PLANS.value[side][kind].text
+    text = plan(side, kind, "text")
     return text[odd] if isinstance(text, tuple) else text
 
 
@@ -31,6 +31,19 @@ def code_bits(kind):
 @gluon.constexpr_function
 def is_uniform(kind):
     return kind[0] == "u"
+
+
+@gluon.constexpr_function
+def is_trellis(kind):
+    return kind[0] == "w"
+
+
+@gluon.constexpr_function
+def word_count(side, kind, dim):
+    """Words a lane has of a row in the main plane, or what stands for words: `plan`'s codes at once."""
+    if kind[0] == "w":
+        return dim // (128 if side == "key" else 8 * trellis_asm.VALUE_CODES)
+    return dim * main_bits(kind) // 128 if side == "key" else dim // 8 // plan(side, kind, "codes")
 
 
 @gluon.constexpr_function
@@ -53,6 +66,8 @@ def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
     first = (c * WORDS + o // plan("key", kind, "operands")) * plan("key", kind, "codes")
     if kind == "t4":
         return first + 4 * (j // 2) + r
+    elif kind[0] == "w":
+        return first + 4 * j + r
     elif kind[0] == "t":
         return first + 2 * (4 * (j % 2) + r) + j // 2
     else:
@@ -63,7 +78,7 @@ def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
 def value_rows(kind, i):
     """Of accumulator `i` of a word: the codes of its upper and lower 8 rows, their shift, and the zero point."""
     bits = int(kind[1])
-    if kind[0] == "t":
+    if kind[0] in "tw":
         return 2 * i, 2 * i + 1, 0, 0
     if bits == 8:
         return 2 * i, 2 * i + 1, 0, 128

@@ -23,6 +23,9 @@ class Packed(NamedTuple):
     bits: 1-8.
     step: if not None, `levels / step` are integers in [-127, 127].
     uniform: whether the levels are equally spaced (kernels then compute them instead of looking them up).
+    window: if not 0, codes are those of a trellis: one plane, a circular string of `head_dim * bits` bits (bit j in bit
+        j % 8 of byte j // 8); the value of coordinate i is `levels[w]`, w being the `window` bits from bit `i * bits`
+        on, the first of them the lowest. Then `levels` is float32 `[2**window]`, in any order.
     """
 
     planes: tuple[Tensor, ...]
@@ -31,6 +34,7 @@ class Packed(NamedTuple):
     bits: int
     step: float | None = None
     uniform: bool = False
+    window: int = 0
 
 
 def is_uniform(levels: Tensor) -> bool:

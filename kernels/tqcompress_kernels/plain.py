@@ -22,6 +22,7 @@ from .tiles import (
     BITWISE,
     LOAD,
     SHUFFLE,
+    WINDOW,
     digit_operand,
     digits,
     factor,
@@ -29,9 +30,11 @@ from .tiles import (
     level_operands,
     load_scales,
     load_table,
+    load_windows,
     load_words,
     pair_planes,
     widths,
+    window_of,
     word_bytes,
 )
 
@@ -60,18 +63,25 @@ def _place(p_table, i_b, table_b, start, last, BLOCK: tl.constexpr, PAGE: tl.con
 @triton.jit
 def _load_planes(
     planes, strides, i_h, page, row, i_row, m_row,
-    AXIS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr,
-    BYTES: tl.constexpr, PAGED_TILE: tl.constexpr,
+    AXIS: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
+    DIM: tl.constexpr, BYTES: tl.constexpr, PAGED_TILE: tl.constexpr,
 ):  # fmt: skip
-    """The words of every plane of a block of tokens, in pairs."""
+    """The words of every plane of a block of tokens, in pairs; words of windows as they are."""
     words = ()
-    for k in tl.static_range(len(widths(BITS))):
+    for k in tl.static_range(1 if window_of(MODE) else len(widths(BITS))):
         o_block = page * strides[3 * k] + i_h * strides[3 * k + 1] + row * strides[3 * k + 2]
         if PAGED_TILE:
             o_block = tl.expand_dims(o_block, 1 - AXIS)
-        x = load_words(planes[k], strides[3 * k + 2], o_block, i_row, m_row, k, BITS, PER, WORDS, DIM, AXIS, BYTES[k])
+        stride = strides[3 * k + 2]
+        if window_of(MODE):
+            x = load_windows(planes[k], stride, o_block, i_row, m_row, BITS, window_of(MODE), WORDS, DIM, AXIS)
+        else:
+            x = load_words(planes[k], stride, o_block, i_row, m_row, k, BITS, PER, WORDS, DIM, AXIS, BYTES[k])
         words = words + (x,)
-    return pair_planes(words, BITS, PER)
+    if window_of(MODE):
+        return words
+    else:
+        return pair_planes(words, BITS, PER)
 
 
 @triton.jit
@@ -185,7 +195,7 @@ def _split(
         page, row, i_row = _place(p_table, i_b, table_b, start, last, BLOCK, PAGE)
         planes = _load_planes(
             key_planes, key_strides, i_h, page, row, i_row, m_t,
-            0, KEY_BITS, PER, WORDS, DIM, KEY_BYTES, PAGED_TILE,
+            0, KEY_BITS, KEY_MODE, PER, WORDS, DIM, KEY_BYTES, PAGED_TILE,
         )  # fmt: skip
         o_scale = page * key_scale_n + i_h * key_scale_h + row * KEY_SCALE_ROW + i_row * KEY_SCALE_ROW
         k_scale, _ = load_scales(p_key_scale, o_scale, m_t, KEY_LOG8)
@@ -208,7 +218,7 @@ def _split(
         top = new_top
         planes = _load_planes(
             value_planes, value_strides, i_h, page, row, i_row, m_t,
-            1, VALUE_BITS, PER, WORDS, DIM, VALUE_BYTES, PAGED_TILE,
+            1, VALUE_BITS, VALUE_MODE, PER, WORDS, DIM, VALUE_BYTES, PAGED_TILE,
         )  # fmt: skip
         total = _add_values(
             planes, p_value_levels, value_table, weights * v_scale[:, None], shrink, total, VALUE_BITS, PER, VALUE_MODE
@@ -228,6 +238,8 @@ def _split(
 
 def mode(side: Packed) -> int:
     """How the kernel turns the codes of `side` into levels."""
+    if side.window:
+        return WINDOW.value + side.window
     if side.uniform or side.bits == 1:
         return AFFINE.value
     return BITWISE.value if side.bits == 2 else SHUFFLE.value if side.bits <= 5 else LOAD.value
@@ -235,6 +247,8 @@ def mode(side: Packed) -> int:
 
 def _load_bytes(side: Packed, per: int) -> tuple[int, ...]:
     """Bytes that a load of each plane may take: a word, or one where rows are not aligned to words."""
+    if side.window:
+        return (1,)
     sizes = [word_bytes.fn(side.bits, per, k) for k in range(len(side.planes))]
     return tuple(
         1 if any(n % size for n in (plane.data_ptr(), *plane.stride()[:3])) else size
@@ -276,7 +290,7 @@ def split(
     batch, kv_heads, splits, columns, dim = partial.shape
     if partial.numel() == 0:
         return
-    per = 4 if dim <= 64 else 8
+    per = 4 if dim <= 64 and not key.window and not value.window else 8
     modes, key_bytes = (mode(key), mode(value)), _load_bytes(key, per)
     # Triton spreads operands that come from loads of single bytes over at least 32 elements of the sum, and repeats
     # them if there are fewer (seen with Triton 3.6 on sm_90: wrong scores).
@@ -295,5 +309,5 @@ def split(
         KEY_SCALE_ROW=key.scale.stride(2), VALUE_SCALE_ROW=value.scale.stride(2), SOFTCAP=bool(softcap),
         PAGE=0 if block_table is None else key.planes[0].shape[2], PER=per, WORDS=words, COLUMNS=tile,
         BLOCK=32 if words > 16 and not big else 64,
-        num_warps=2 if big else 1, num_stages=1 if LOAD.value in modes else 2,
+        num_warps=2 if big else 1, num_stages=1 if max(modes) >= LOAD.value else 2,
     )  # fmt: skip

@@ -10,7 +10,9 @@ from .packed import Packed, plane_widths
 
 
 def unpack(side: Packed, head_dim: int) -> Tensor:
-    """The codes `[N, kv_heads, rows, head_dim]`, int64, one bit at a time."""
+    """The codes `[N, kv_heads, rows, head_dim]`, int64, one bit at a time; of a trellis its states."""
+    if side.window:
+        return states(side.planes[0], side.bits, side.window, head_dim)
     codes, at = 0, 0
     for plane, width in zip(side.planes, plane_widths(side.bits), strict=True):
         bits = (plane.unsqueeze(-1).long() >> torch.arange(8, device=plane.device)) & 1
@@ -20,6 +22,14 @@ def unpack(side: Packed, head_dim: int) -> Tensor:
         codes = codes + ((bits << torch.arange(width, device=plane.device)).sum(-1) << at)
         at += width
     return codes
+
+
+def states(codes: Tensor, bits: int, window: int, head_dim: int) -> Tensor:
+    """The states of a trellis, int64 `[..., head_dim]`, of codes uint8 `[..., head_dim * bits / 8]`."""
+    string = ((codes.unsqueeze(-1).long() >> torch.arange(8, device=codes.device)) & 1).flatten(-2)
+    places = torch.arange(window, device=codes.device)
+    first = torch.arange(head_dim, device=codes.device) * bits
+    return (string[..., (first[:, None] + places) % string.shape[-1]] << places).sum(-1)
 
 
 def scales(side: Packed, dtype: torch.dtype) -> Tensor:

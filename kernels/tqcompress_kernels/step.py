@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .combine import RingStep
 from .decode import decode_attention
-from .encode import Encoder, encode_due
+from .encode import AnyEncoder, encode_due
 from .launch import Scratch, Tape
 from .packed import Packed
 from .ring import Ring, is_due
@@ -40,7 +40,7 @@ class Side(NamedTuple):
     """Keys or values of `Constants`.
 
     Attributes:
-        levels, bits, step, uniform: see `Packed`.
+        levels, bits, step, uniform, window: see `Packed`.
         back, mean: see `decode_attention`.
         encoder: see `encode`.
     """
@@ -51,11 +51,12 @@ class Side(NamedTuple):
     uniform: bool
     back: Tensor
     mean: Tensor | None
-    encoder: Encoder
+    encoder: AnyEncoder
+    window: int = 0
 
     def packed(self, planes: Sequence[Tensor], scale: Tensor) -> Packed:
         """The tokens in these buffers."""
-        return Packed(tuple(planes), scale, self.levels, self.bits, self.step, self.uniform)
+        return Packed(tuple(planes), scale, self.levels, self.bits, self.step, self.uniform, self.window)
 
 
 _IDS = count()
@@ -95,7 +96,7 @@ def ring_step(
     capacity = key[1].shape[2]
     if new is not None and due and capacity:
         for i, (side, (planes, scale)) in enumerate(((constants.key, key), (constants.value, value))):
-            encode_due(ring, i, tuple(planes), scale, side.encoder)
+            encode_due(ring, i, tuple(planes), scale, side.encoder, memory)
     step = RingStep(ring, new, ring.sinks + ring.room + capacity)
     return decode_attention(
         query, constants.key.packed(*key), constants.value.packed(*value), constants.key.back, constants.value.back,

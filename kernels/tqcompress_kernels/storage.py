@@ -87,6 +87,18 @@ def load_digits(rows, seen, WIDTH: tl.constexpr, SIZE: tl.constexpr, DIM: tl.con
 
 
 @triton.jit
+def load_states(rows, seen, BITS: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr):
+    """The states of trellis codes at all coordinates, int32 `[BLOCK, SIZE // 8, 8]`; see `Packed.window`."""
+    group, place = tl.arange(0, SIZE // 8), tl.arange(0, 8)
+    mask = seen[:, None] & (group < DIM // 8)[None, :]
+    word = tl.zeros((rows.shape[0], SIZE // 8), tl.uint64)
+    for b in tl.static_range((8 * BITS + WINDOW - BITS + 7) // 8):
+        byte = (group * BITS + b) % (DIM * BITS // 8)
+        word |= tl.load(rows[:, None] + byte[None, :], mask=mask, other=0).to(tl.uint64) << (8 * b)
+    return (word[:, :, None] >> (BITS * place)[None, None, :].to(tl.uint64)).to(tl.int32) & ((1 << WINDOW) - 1)
+
+
+@triton.jit
 def store_words(rows, words, seen, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr):
     """Store the `WIDTH` low bytes of every word, the first `GROUPS` of a row, at once if the rows allow it."""
     group = tl.arange(0, words.shape[1])

@@ -20,9 +20,16 @@ AFFINE = tl.constexpr(0)  # equally spaced levels: the code, in the mantissa of 
 BITWISE = tl.constexpr(1)  # 2 bits: symmetric levels are a sum over the two bits, each read as by AFFINE
 SHUFFLE = tl.constexpr(2)  # up to 5 bits: the lanes of a warp hold the table, a shuffle reads it
 LOAD = tl.constexpr(3)  # any levels: loads from the table
+WINDOW = tl.constexpr(16)  # plus the bits of a window: trellis codes, whose states overlap; loads from the table
 
 
 widths = triton.constexpr_function(plane_widths)
+
+
+@triton.constexpr_function
+def window_of(mode):
+    """The bits of a window, 0 for other modes."""
+    return max(0, mode - WINDOW.value)
 
 
 @triton.constexpr_function
@@ -159,6 +166,25 @@ def load_words(
 
 
 @triton.jit
+def load_windows(
+    p_plane, stride, o_block, i_row, m_row,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """`load_words` for trellis codes: uint64 words with the codes of 8 coordinates and what is beyond in the last one.
+
+    The state at coordinate 8 i + j begins at bit `j * BITS` of word i.
+    """
+    i_word = tl.arange(0, WORDS)
+    rows, words = tl.expand_dims(i_row, 1 - AXIS), tl.expand_dims(i_word, AXIS)
+    m_load = tl.expand_dims(m_row, 1 - AXIS) & (words < DIM // 8)
+    x = tl.zeros([1, 1], tl.uint64)
+    for b in tl.static_range((8 * BITS + WINDOW - BITS + 7) // 8):
+        o_byte = rows * stride + (words * BITS + b) % (DIM * BITS // 8)
+        x |= tl.load(p_plane + o_block + o_byte, mask=m_load, other=0).to(tl.uint64) << (8 * b)
+    return x
+
+
+@triton.jit
 def pair_words(x, HALF: tl.constexpr):
     """Bits 16 * HALF ... of the words 2i and 2i + 1 of the last axis, in the low and high half of a uint32."""
     even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
@@ -215,13 +241,17 @@ def digit_operand(planes, magic, J: tl.constexpr, D: tl.constexpr, BITS: tl.cons
 @triton.jit
 def gap_of(p_levels, o_levels, D: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
     """The gap of digit D, or what 1.0 of a looked-up level stands for; `o_levels` gives the result its shape."""
-    first, last = tl.load(p_levels + o_levels), tl.load(p_levels + 2**BITS - 1 + o_levels)
-    if MODE == AFFINE:
-        return (last - first) / (2**BITS - 1)
-    elif MODE == BITWISE:
-        return tl.load(p_levels + 1 + D + o_levels) - first
+    if window_of(MODE):
+        every = tl.load(p_levels + tl.arange(0, 2 ** window_of(MODE)))
+        return tl.maximum(tl.max(tl.abs(every), 0), 1e-30) + 0.0 * o_levels
     else:
-        return tl.maximum(tl.maximum(-first, last), 1e-30)
+        first, last = tl.load(p_levels + o_levels), tl.load(p_levels + 2**BITS - 1 + o_levels)
+        if MODE == AFFINE:
+            return (last - first) / (2**BITS - 1)
+        elif MODE == BITWISE:
+            return tl.load(p_levels + 1 + D + o_levels) - first
+        else:
+            return tl.maximum(tl.maximum(-first, last), 1e-30)
 
 
 @triton.jit
@@ -235,7 +265,7 @@ def load_table(p_levels, BITS: tl.constexpr, MODE: tl.constexpr):
         table = high.to(tl.uint16, bitcast=True).to(tl.uint32) | (low.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     else:
         table = 1 / gap_of(p_levels, tl.zeros([1, 1], tl.int32), 0, BITS, MODE)
-        if MODE != LOAD:  # no constant: as one, OR and AND would not fit into one instruction
+        if MODE <= BITWISE:  # no constant: as one, OR and AND would not fit into one instruction
             table = tl.where(table > 1e38, -1, 0x64006400).to(tl.uint32)
     return table
 
@@ -257,11 +287,15 @@ def _lookup(p_levels, table, code, MODE: tl.constexpr):
 @triton.jit
 def level_operands(planes, p_levels, table, J: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
     """The levels of sub-plane J in units of `gap_of`, rounded to fp16, and what rounding took away."""
-    y = code_pairs(planes, 0, J, 0, BITS)
-    a_high, a_low = _lookup(p_levels, table, y & 0xFFFF, MODE)
-    b_high, b_low = _lookup(p_levels, table, y >> 16, MODE)
-    high = tl.join(a_high, b_high).reshape(y.shape[0], y.shape[1] * 2)
-    return high, tl.join(a_low, b_low).reshape(y.shape[0], y.shape[1] * 2)
+    if window_of(MODE):
+        state = (planes[0] >> (BITS * J)).to(tl.int32) & (2 ** window_of(MODE) - 1)
+        return _lookup(p_levels, table, state, LOAD)
+    else:
+        y = code_pairs(planes, 0, J, 0, BITS)
+        a_high, a_low = _lookup(p_levels, table, y & 0xFFFF, MODE)
+        b_high, b_low = _lookup(p_levels, table, y >> 16, MODE)
+        high = tl.join(a_high, b_high).reshape(y.shape[0], y.shape[1] * 2)
+        return high, tl.join(a_low, b_low).reshape(y.shape[0], y.shape[1] * 2)
 
 
 @triton.jit

@@ -1,0 +1,170 @@
+"""Checks the kernels for trellis codes, then times them beside dense attention and scalar codes, on one CUDA device.
+
+Random data, for speed only. Encoding: vectors a second at head_dim 128, rotation included, and its share of the time
+of a prompt of 32K tokens of a model in the shape of Llama-3.1-8B. Decoding: the whole step, as `bench_decode.py`.
+
+    python scripts/bench_trellis.py [--skip-checks] [--quick]
+"""
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "kernels")]  # runs without installing
+
+import torch
+import triton
+from bench_decode import best_dense, microseconds, packed, read_bandwidth
+from check_kernels import BOUND, run
+from check_trellis import LOOKUPS, trellis_cases
+from trellis_sides import as_packed, lookup_of, parse, random_codes, table_of
+
+from tqcompress_kernels import decode, encode_trellis, fast, tuning
+from tqcompress_kernels.dequantize import dequantize
+
+DIM, HEADS, TOKENS = 128, 8, 1 << 17
+PREFILL_SECONDS, PREFILL_VECTORS = 1.315, 32 * 2 * 8 * 32768  # 32K tokens: 32 layers, keys and values, 8 KV heads
+SHAPES = [(8, 32, 8, 128, 32768), (1, 32, 8, 128, 131072)]
+# Of the encoder, what differs from the default: PTX or not, steps a group, programs a multiprocessor, vectors of one.
+VARIANTS = [{"ptx": False}, {"group": 1}, {"group": 2}, {"programs": 8}, {"programs": 16}, {"lanes": 64, "programs": 6}]
+
+
+def check(processes: int) -> int:
+    """Run all checks in several processes, which also compiles; the number of those that failed."""
+    cases = [(" ".join(map(str, (f.__name__, *a))), f, a) for f, a in trellis_cases(1000)]
+    bad = 0
+    for name, error in ProcessPoolExecutor(processes, mp_context=get_context("spawn")).map(run, cases):
+        wrong = isinstance(error, str) or not error < BOUND
+        bad += wrong
+        print(
+            f"{'FAIL' if wrong else 'ok  '} {error if isinstance(error, str) else f'{error:.1e}'}  {name}", flush=True
+        )
+    print(f"{len(cases)} checks, {bad} failed", flush=True)
+    return bad
+
+
+def bench_encode(kind: str, programs: int = encode_trellis.PROGRAMS, lanes: int = encode_trellis.LANES, **options):
+    """Print vectors a second of one encoder."""
+    (table, step), (_, bits) = table_of(kind), parse(kind)
+    hadamard = torch.ones(1, 1, device="cuda")
+    while len(hadamard) < DIM:
+        hadamard = torch.kron(hadamard, torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cuda")) / 2**0.5
+    by = encode_trellis.trellis_encoder(hadamard[None], None, table, step, bits, "fp16", group=options.get("group"))
+    by = by._replace(ptx=options.get("ptx", by.ptx))
+    x = torch.randn(1, TOKENS, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    codes = torch.zeros(1, HEADS, TOKENS, DIM * bits // 8, dtype=torch.uint8, device="cuda")
+    scale = torch.zeros(1, HEADS, TOKENS, 1, dtype=torch.float16, device="cuda")
+    encode_trellis.PROGRAMS, encode_trellis.LANES, before = programs, lanes, vars(encode_trellis).copy()
+    encode_trellis._programs.cache_clear()
+    try:
+        ms = triton.testing.do_bench(lambda: by.launch(x, (codes,), scale, 0, None), 5, 60, return_mode="median")
+    finally:
+        encode_trellis.PROGRAMS, encode_trellis.LANES = before["PROGRAMS"], before["LANES"]
+        encode_trellis._programs.cache_clear()
+    rate = TOKENS * HEADS / ms * 1e3
+    share = PREFILL_VECTORS / rate / PREFILL_SECONDS
+    what = options_text(programs, lanes, options)
+    print(f"  {kind:8} {rate / 1e6:8.1f} M vectors/s  {share:6.1%} of the prompt  {what}", flush=True)
+
+
+def options_text(programs: int, lanes: int, options: dict) -> str:
+    """What differs from the default."""
+    changed = {"programs": programs} if programs != encode_trellis.PROGRAMS else {}
+    return str(changed | ({"lanes": lanes} if lanes != encode_trellis.LANES else {}) | options or "")
+
+
+def side_of(shape: tuple, kind: str):
+    """A side full of random codes."""
+    if kind[0] != "T":
+        return packed(shape, kind)
+    batch, _, kv_heads, dim, tokens = shape
+    scale = (torch.rand(batch, kv_heads, tokens, 1, device="cuda") + 0.5).half()
+    return as_packed(kind, random_codes(kind, (batch, kv_heads, tokens), dim), scale)
+
+
+def bench_decode(shape: tuple, kind: str, bf16: float, limit: float, lookups=(None, None), tile=None, programs=8):
+    """Print the microseconds of a step with keys and values of one kind."""
+    batch, heads, kv_heads, dim, tokens = shape
+    key, value = side_of(shape, kind), side_of(shape, kind)
+    read = fast.FastSplit(*(lookup_of(side, *lookups) for side in (key, value)))
+    query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+    basis, none = torch.eye(dim, device="cuda")[None], query.new_empty(batch, kv_heads, 0, dim)
+    before, tuning.PROGRAMS = tuning.PROGRAMS, programs
+    fast._room.cache_clear()
+    try:
+        splits = tuning.splits(query.device, batch * kv_heads, dim, tokens)
+        time = microseconds(
+            lambda: decode.decode_attention(
+                query, key, value, basis, basis, None, None, (none, none), (none, none), tokens, dim**-0.5,
+                split=lambda *a: read(*a, tile=tile), splits=splits,
+            )
+        )  # fmt: skip
+    finally:
+        tuning.PROGRAMS = before
+        fast._room.cache_clear()
+    nbytes = sum(t.nbytes for side in (key, value) for t in (*side.planes, side.scale))
+    name = read.key.trellis
+    how = f"{name.per} a lookup, {name.copies} copies" if name else "scalar"
+    extra = f"{f', tile {tile}' if tile else ''}{f', {programs} programs' if programs != 8 else ''}"
+    print(f"  {kind:8} {time:8.1f} us  {bf16 / time:5.2f}x bf16  {nbytes / limit * 1e6 / time:4.0%} of the bandwidth  "
+          f"{how}{extra}", flush=True)  # fmt: skip
+    return time
+
+
+def bench_decodes(shape: tuple, limit: float, quick: bool) -> None:
+    """All kinds and lookups at one shape; then other tiles and numbers of programs for the best of each kind."""
+    dense = best_dense(shape)
+    bf16 = min(time for name, time in dense.items() if "bf16" in name)
+    print(f"\n{shape}: " + ", ".join(f"{name} {time:.1f}" for name, time in dense.items()), flush=True)
+    for kind in ("4", "3", "2"):
+        bench_decode(shape, kind, bf16, limit)
+    best = {}
+    for states, bits, lookups in LOOKUPS:
+        kind = f"T{states}.{bits}"
+        time = bench_decode(shape, kind, bf16, limit, lookups)
+        best[kind] = min(best.get(kind, (time, lookups)), (time, lookups))
+    for kind, (_, lookups) in best.items():
+        for tile, programs in [(32, 8), (32, 12), (64, 6), (64, 9)] if not quick else []:
+            bench_decode(shape, kind, bf16, limit, lookups, tile, programs)
+
+
+def bench_dequantize(kind: str) -> None:
+    """Print vectors a second of decoding into a workspace."""
+    shape = 1, 32, HEADS, DIM, TOKENS
+    out, side = torch.empty(1, HEADS, TOKENS, DIM, device="cuda", dtype=torch.bfloat16), side_of(shape, kind)
+    time = microseconds(lambda: dequantize(side, out, 0))
+    print(f"  {kind:8} {TOKENS * HEADS / time:8.1f} M vectors/s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--skip-checks", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="no variants of the encoder, tiles or programs")
+    parser.add_argument("--processes", type=int, default=14)
+    options = parser.parse_args()
+    bad = 0 if options.skip_checks else check(options.processes)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    limit = read_bandwidth()
+    print(f"read bandwidth {limit / 1e12:.2f} TB/s\n\nencoding {TOKENS * HEADS} vectors")
+    for kind in ("T256.2", "T256.3"):
+        for variant in VARIANTS if not options.quick else []:
+            bench_encode(kind, **variant)
+    for states in (16, 64, 256, 1024):
+        for bits in (1, 2, 3, 4):
+            if states >> bits <= encode_trellis.MOST_OVERLAPS:
+                bench_encode(f"T{states}.{bits}")
+    for programs in (4, 8) if not options.quick else ():
+        bench_encode("T1024.2", programs=programs)
+    for index, shape in enumerate(SHAPES):
+        bench_decodes(shape, limit, options.quick or index > 0)
+    print("\ndecoding into a workspace")
+    for kind in ("4", "T16.2", "T256.3", "T1024.2"):
+        bench_dequantize(kind)
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
