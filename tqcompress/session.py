@@ -112,6 +112,14 @@ def generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> st
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def count(text: str, name: str) -> int:
+    """`8K` -> 8192. Raises `TQCompressError` for anything but a positive number, with or without a K."""
+    digits = text.strip().removesuffix("K")
+    if not digits.isdecimal() or int(digits) == 0:
+        raise TQCompressError(f"{name}: found {text!r}; numbers of tokens such as 512 or 8K are allowed")
+    return int(digits) * (1024 if text.strip().endswith("K") else 1)
+
+
 def write_json(path: Path | None, data: Any) -> None:
     """Write `data`, if there is a file to write it to."""
     if path is not None:
