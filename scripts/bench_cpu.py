@@ -14,14 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import tqcompress
 from tqcompress.models import find_model
+from tqcompress.session import count
 from tqcompress.texts import load_text
 
 STEPS = 16
-
-
-def number(text: str) -> int:
-    """`8K` -> 8192."""
-    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
 
 
 @torch.no_grad()
@@ -60,7 +56,7 @@ def main() -> None:
     base = find_model(options.model)
     model = AutoModelForCausalLM.from_pretrained(base.path, **base.kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(base.path, **base.kwargs)
-    contexts = [number(text) for text in options.contexts.split(",")]
+    contexts = [count(text) for text in options.contexts.split(",")]
     text = load_text("constitution")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : max(contexts)]
     if ids.shape[1] < max(contexts):

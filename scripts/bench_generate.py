@@ -27,7 +27,6 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import torch
-from bench_cpu import number
 from bench_decode import read_bandwidth
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +41,7 @@ from transformers import (
 from transformers.generation.logits_process import LogitsProcessor
 
 import tqcompress
+from tqcompress.session import count
 from tqcompress.shape import ModelShape
 
 MODELS = {
@@ -176,7 +176,7 @@ def bytes_read(model, tokens: int, batch: int, plan) -> tuple[float, float]:
 
 
 def one(model, setup: str, case: str, bandwidth: float) -> dict:
-    batch, tokens = (number(part) for part in case.split("x"))
+    batch, tokens = (count(part) for part in case.split("x"))
     with applied(model, setup) as plan:
         try:
             result = decode(model, setup, batch, tokens)
@@ -244,7 +244,7 @@ def main() -> None:
         if options.prefill:
             for tokens in options.prefill.split(","):
                 for bits, fixed in ((None, False), (4, False), (4, True)):
-                    result = prefill(model, number(tokens), bits, fixed, options.chunk)
+                    result = prefill(model, count(tokens), bits, fixed, options.chunk)
                     kind = "bf16" if not bits else f"{bits} bits, {'fixed' if fixed else 'growing'}"
                     text = ", ".join(f"{key} {value:.3f}" for key, value in result.items())
                     print(f"prefill {tokens}, {kind}: {text}", flush=True)

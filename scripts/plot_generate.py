@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from bench_cpu import number
 from picture import drawn
 
 from tqcompress.figures import COLOURS, GRID, LAYOUT, plotly
+from tqcompress.session import count
 
 SERIES = {
     "bf16": "bf16, transformers' default",
@@ -30,7 +30,7 @@ def series(rows: list[dict], value) -> dict[str, tuple[list[int], list[float]]]:
     """Contexts and values by name of the set-up, those that were measured."""
     found = {}
     for setup, name in SERIES.items():
-        some = sorted((number(row["case"].split("x")[1]), row) for row in rows if row["setup"] == setup and row["ms"])
+        some = sorted((count(row["case"].split("x")[1]), row) for row in rows if row["setup"] == setup and row["ms"])
         if some:
             found[name] = [tokens for tokens, _ in some], [value(row) for _, row in some]
     return found
@@ -48,7 +48,7 @@ def main() -> None:
     rows = [row for row in rows if row["batch"] == options.batch]
     figure = plotly().subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.1)
     speed, memory = series(rows, lambda row: row["batch"] / row["ms"] * 1e3), series(rows, lambda row: row["peak_GB"])
-    ideal = {number(row["case"].split("x")[1]): row["batch"] / row["ideal_bf16_ms"] * 1e3 for row in rows}
+    ideal = {count(row["case"].split("x")[1]): row["batch"] / row["ideal_bf16_ms"] * 1e3 for row in rows}
     speed[IDEAL] = sorted(ideal), [ideal[tokens] for tokens in sorted(ideal)]
     names = [*SERIES.values(), IDEAL]
     for column, lines in enumerate((speed, memory), 1):

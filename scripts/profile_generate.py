@@ -15,9 +15,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import torch
-from bench_cpu import number
 from bench_generate import Clock, applied, build, cache_for, free, settings
 from torch.profiler import ProfilerActivity, profile
+
+from tqcompress.session import count
 
 STEPS = 4  # profiled, after WARM others
 WARM = 10
@@ -85,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     model = build(options.model, options.layers)
     for case in options.cases.split(","):
-        batch, tokens = map(number, case.split("x"))
+        batch, tokens = map(count, case.split("x"))
         for setup in options.setups.split(","):
             with applied(model, setup):
                 cache = cache_for(model, setup, batch, tokens, WARM + STEPS + 8)

@@ -112,7 +112,7 @@ def generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> st
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def count(text: str, name: str) -> int:
+def count(text: str, name: str = "tokens") -> int:
     """`8K` -> 8192. Raises `TQCompressError` for anything but a positive number, with or without a K."""
     digits = text.strip().removesuffix("K")
     if not digits.isdecimal() or int(digits) == 0:
