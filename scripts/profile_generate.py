@@ -51,12 +51,12 @@ def trace(profiled) -> list[dict]:
 
 def table(events: list[dict], rows: int) -> None:
     """Microseconds a step by name, most first."""
-    total, count = defaultdict(float), defaultdict(int)
+    total, calls = defaultdict(float), defaultdict(int)
     for event in events:
         total[event["name"][:90]] += event["dur"]
-        count[event["name"][:90]] += 1
+        calls[event["name"][:90]] += 1
     for name, spent in sorted(total.items(), key=lambda item: -item[1])[:rows]:
-        print(f"{spent / STEPS:9.1f} us {count[name] / STEPS:7.1f} x  {name}")
+        print(f"{spent / STEPS:9.1f} us {calls[name] / STEPS:7.1f} x  {name}")
 
 
 def show(events: list[dict]) -> None:
