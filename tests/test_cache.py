@@ -39,8 +39,8 @@ def spy(monkeypatch, codec, method):
 
     def counted(argument):
         result = original(argument)
-        tokens = argument.shape[2] if isinstance(argument, torch.Tensor) else result.shape[2]
-        calls.append(tokens)
+        states = argument if isinstance(argument, torch.Tensor) else result
+        calls.append((states[0] if isinstance(states, tuple) else states).shape[2])
         return result
 
     monkeypatch.setattr(codec, method, counted)
@@ -74,10 +74,17 @@ def test_decoding_steps_never_hold_a_dense_history(recipe, monkeypatch):
     room = 40 if block == 1 else 64
     workspace = room * heads * dim * 4 * 2  # float32 keys and values of `room` tokens
     monkeypatch.setattr(blockwise, "WORKSPACE_BYTES", workspace)
-    rotated = [spy(monkeypatch, codec, "decode_rotated") for codec in codecs_of(model)]
+    spies = [
+        (spy(monkeypatch, codec, "decode_rotated"), spy(monkeypatch, codec, "decode_factors"))
+        for codec in codecs_of(model)
+    ]
     got, _ = feed(model, pieces)
-    for calls in rotated:
-        assert max(calls) <= room and len(calls) > 6 * 100 / room  # several blocks a step, none too large
+    for (
+        rotated,
+        factors,
+    ) in spies:  # several blocks a step, none too large; many queries want whole vectors, few factors
+        assert max(rotated + factors) <= room and len(rotated + factors) > 6 * 100 / room
+        assert len(factors) > 4 * 100 / room
     assert (got - want).abs().max() <= TOLERANCE * rounding(tiny_model("llama"), ids)
 
 

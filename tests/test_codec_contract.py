@@ -98,6 +98,13 @@ def test_encoding_a_slice_is_the_slice_of_the_encoding(codec):
     assert (error <= 2 * rotation_bound(dim) * codec.decode(last).norm(dim=-1)).all()
 
 
+def test_decode_factors_multiply_to_decode_rotated(codec):
+    packed = codec.encode(vectors(codec))
+    rotated, (states, factors) = codec.decode_rotated(packed), codec.decode_factors(packed)
+    product = states if factors is None else states * factors.unsqueeze(-1)
+    assert (product - rotated).abs().max() == 0
+
+
 def test_decode_is_unrotate_of_decode_rotated(codec):
     packed = codec.encode(vectors(codec))
     decoded = codec.decode(packed)

@@ -7,13 +7,16 @@ arXiv 1805.02867), in float32.
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
 
+from .codec import Codec
 from .view import GroupView
 
 WORKSPACE_BYTES = 64 << 20
+LOWEST = torch.finfo(torch.float32).min  # in place of -inf, for a query that has seen nothing yet
 QUERIES_AT_ONCE = 256  # of a longer chunk, so that blocks of tokens stay long enough to be worth a matrix product
 
 
@@ -44,13 +47,13 @@ def attend(
         else:
             _add_exact(exact, query, *view.sinks, scores_of, 0)
             _add_exact(exact, query, *view.recent, scores_of, sinks + view.packed)
-        rotated, coded = _by_head(key.rotate, query), _OnlineSoftmax(query)
+        rotated, coded, few = _by_head(key.rotate, query), exact.apart(), query[0, 0, ..., 0].numel() < query.shape[-1]
         for start, stop in _blocks(view.packed, query, *multiples):
-            block = key.decode_rotated(view.key.read(start, stop))
-            scores = scores_of(rotated, block, sinks + start)
-            coded.add(scores, value.decode_rotated(view.value.read(start, stop)))
-        coded.total = _by_head(value.unrotate, coded.total)
-        return exact.merged(coded)
+            keys, factors = _decoded(key, view.key.read(start, stop), few)
+            scores = scores_of(rotated, keys, sinks + start, factors)
+            coded.add(scores, *_decoded(value, view.value.read(start, stop), few))
+        coded.total = exact.total_at(coded.top) + _by_head(value.unrotate, coded.total)
+        return coded.result()
 
     tokens = sinks + view.packed + view.recent[0].shape[2]
     return _in_parts(part, query, view.sinks[0].shape[1], tokens, mask, scaling, softcap)
@@ -64,7 +67,7 @@ def attend_exact(
     def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
         softmax = _OnlineSoftmax(query)
         _add_exact(softmax, query, key, value, scores_of, 0)
-        return softmax.merged(_OnlineSoftmax(query))
+        return softmax.result()
 
     return _in_parts(part, query, key.shape[1], key.shape[2], mask, scaling, softcap)
 
@@ -78,13 +81,13 @@ def _in_parts(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`part` on up to `QUERIES_AT_ONCE` queries at a time, as `[batch, kv_heads, share, queries, head_dim]`."""
+    """`part` on up to `QUERIES_AT_ONCE` scaled queries at a time, `[batch, kv_heads, share, queries, head_dim]`."""
     outputs, first = [], tokens - query.shape[2]
     for start in range(0, query.shape[2], QUERIES_AT_ONCE):
         stop = min(start + QUERIES_AT_ONCE, query.shape[2])
         rows = mask if mask is None or mask.dim() == 2 or mask.shape[2] == 1 else mask[:, :, start:stop]
-        some = query[:, :, start:stop].float().unflatten(1, (kv_heads, -1))
-        outputs.append(part(some, _Scores(rows, scaling, softcap, first + start)))
+        some = (query[:, :, start:stop].float() * scaling).unflatten(1, (kv_heads, -1))
+        outputs.append(part(some, _Scores(rows, softcap, first + start)))
     output, lse = (torch.cat(parts, dim=3) for parts in zip(*outputs, strict=True))
     return output.flatten(1, 2), lse.flatten(1, 2)
 
@@ -92,6 +95,11 @@ def _in_parts(
 def _by_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A codec's function, which takes `[batch, kv_heads, n, head_dim]`, of `[batch, kv_heads, share, queries, ...]`."""
     return function(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
+
+
+def _decoded(codec: Codec, packed: dict[str, Tensor], few: bool) -> tuple[Tensor, Tensor | None]:
+    """Decoded vectors and their factors, which a few queries multiply their scores and weights by."""
+    return codec.decode_factors(packed) if few else (codec.decode_rotated(packed), None)
 
 
 def _add_exact(
@@ -105,10 +113,10 @@ def _add_exact(
 
 
 class _Scores:
-    """Scaled, soft-capped, masked scores of a block of keys that starts at a given token."""
+    """Soft-capped, masked scores of a block of keys that starts at a given token."""
 
-    def __init__(self, mask: Tensor | None, scaling: float, softcap: float | None, first_query: int):
-        self.mask, self.scaling, self.softcap = mask, scaling, softcap
+    def __init__(self, mask: Tensor | None, softcap: float | None, first_query: int):
+        self.mask, self.softcap = mask, softcap
         self.causal = mask is None or mask.dim() == 2
         self.first_query = first_query  # its position, for the causal rule
 
@@ -116,9 +124,11 @@ class _Scores:
         """How many tokens the last of `queries` queries can see."""
         return self.first_query + queries if self.causal else math.inf
 
-    def __call__(self, query: Tensor, key: Tensor, start: int) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, start: int, factors: Tensor | None = None) -> Tensor:
         """`[batch, kv_heads, share, queries, block]` for query `[.., share, queries, d]` and keys `[.., block, d]`."""
-        scores = torch.matmul(query.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, query.shape[2:4]) * self.scaling
+        scores = torch.matmul(query.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, query.shape[2:4])
+        if factors is not None:
+            scores = scores * factors[:, :, None, None]
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         stop = start + key.shape[2]
@@ -143,25 +153,32 @@ class _OnlineSoftmax:
         self.mass = torch.zeros_like(self.top)
         self.total = torch.zeros_like(query)
 
-    def add(self, scores: Tensor, value: Tensor) -> None:
-        """Take in scores `[..., share, queries, block]` and their values `[..., block, d]`."""
+    def add(self, scores: Tensor, value: Tensor, factors: Tensor | None = None) -> None:
+        """Take in scores `[..., share, queries, block]` and their values `[..., block, d]`, the factors still to do."""
         top = torch.maximum(self.top, scores.amax(-1))
-        anchor = torch.where(top == -torch.inf, 0.0, top)  # a query that has seen nothing yet
-        weights = (scores - anchor.unsqueeze(-1)).exp()
-        shrink = (self.top - anchor).exp()
-        weighted = torch.matmul(weights.flatten(2, 3), value).unflatten(2, weights.shape[2:4])
+        anchor = top.clamp_min(LOWEST)
+        weights = (scores - anchor.unsqueeze(-1)).exp_()
+        shrink = (self.top - anchor).exp_()
         self.mass = self.mass * shrink + weights.sum(-1)
+        if factors is not None:
+            weights = weights.mul_(factors[:, :, None, None])
+        weighted = torch.matmul(weights.flatten(2, 3), value).unflatten(2, weights.shape[2:4])
         self.total = self.total * shrink.unsqueeze(-1) + weighted
         self.top = top
 
-    def merged(self, other: "_OnlineSoftmax") -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp over the tokens of both."""
-        top = torch.maximum(self.top, other.top)
-        anchor = torch.where(top == -torch.inf, 0.0, top)
-        mine, theirs = (self.top - anchor).exp(), (other.top - anchor).exp()
-        mass = self.mass * mine + other.mass * theirs
-        total = self.total * mine.unsqueeze(-1) + other.total * theirs.unsqueeze(-1)
-        return total / torch.where(mass == 0, 1.0, mass).unsqueeze(-1), anchor + mass.log()
+    def apart(self) -> "_OnlineSoftmax":
+        """One that goes on from here with values of another basis, of which it has none yet."""
+        other = copy(self)
+        other.total = torch.zeros_like(self.total)
+        return other
+
+    def total_at(self, top: Tensor) -> Tensor:
+        """The total when the highest score is `top`."""
+        return self.total * (self.top - top.clamp_min(LOWEST)).exp_().unsqueeze(-1)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+        return self.total / self.mass.clamp_min(1).unsqueeze(-1), self.top + self.mass.log()  # mass: 0, or at least 1
 
 
 def _blocks(tokens: int, query: Tensor, *multiples: int) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ Tokens live in this order: sinks (exact) | packed | recent (exact). New tokens e
 left the window moves to the sinks until those are full, and is encoded, once, from then on.
 """
 
+import math
 from copy import copy, deepcopy
 
 import torch
@@ -142,7 +143,10 @@ class CompressedLayer(DynamicLayer):
 
     def _encoded(self, codec: Codec, group: GroupCodecs, vectors: Tensor) -> dict[str, Tensor]:
         packed = codec.encode(vectors)
-        if vectors.device.type == "cpu" and not (vectors.isfinite().all() and codec.fits(packed)):
+        # The largest magnitude is not a number if any is not: one operation, not the five of `isfinite().all()`.
+        if vectors.device.type == "cpu" and not (
+            math.isfinite(torch.linalg.vector_norm(vectors, math.inf)) and codec.fits(packed)
+        ):
             # Only on a CPU: elsewhere the check would wait for the device.
             raise ModelError(
                 f"layer {self.codecs.layer}, KV heads {[self.codecs.first_head + head for head in group.heads]}: "

@@ -7,6 +7,7 @@ registered with `register_state`, so it follows `.to(device)`, is saved and is c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -194,7 +195,7 @@ class Codec(nn.Module):
     def fits(self, packed: dict[str, Tensor]) -> Tensor:
         """A boolean scalar: whether `packed` can hold what was encoded (no overflow, no NaN)."""
         floating = [rows.isfinite().all() for rows in packed.values() if rows.is_floating_point()]
-        return torch.stack(floating).all() if floating else torch.tensor(True)
+        return reduce(torch.logical_and, floating) if floating else torch.tensor(True)
 
     @property
     def needs_statistics(self) -> bool:
@@ -222,3 +223,10 @@ class Codec(nn.Module):
     def decode_rotated(self, packed: dict[str, Tensor]) -> Tensor:
         """Like `decode`, but in the stored basis: `decode(p) == unrotate(decode_rotated(p))`."""
         return self.decode(packed)
+
+    def decode_factors(self, packed: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """`decode_rotated` as vectors and a factor of each, `[batch, kv_heads, tokens]`, or None for ones.
+
+        Attention of few queries then multiplies scores and weights by the factors: fewer numbers than coordinates.
+        """
+        return self.decode_rotated(packed), None

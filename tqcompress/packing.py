@@ -30,11 +30,14 @@ def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
     """The planes of integer codes `[..., count]`, each below `2**bits`, as uint8 rows of `plane_fields`."""
     codes, count, low, planes = codes.to(torch.int32), codes.shape[-1], 0, {}
     for width, (name, field) in zip(plane_widths(bits), plane_fields(count, bits).items(), strict=True):
-        parts = torch.nn.functional.pad(codes & _mask(width, low), (0, field.size * 8 // width - count))
+        parts, places = codes & _mask(width, low) if width < bits else codes, field.size * 8 // width
+        if places > count:  # a step encodes single vectors: every operation counts
+            parts = torch.nn.functional.pad(parts, (0, places - count))
         if _shuffled(bits, width):
             parts = parts.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
         parts = parts.unflatten(-1, (field.size, 8 // width)) << _shifts(width, codes.device)
-        planes[name] = (parts.sum(-1, dtype=torch.int32) >> low).to(torch.uint8)
+        plane = parts.sum(-1, dtype=torch.int32)
+        planes[name] = (plane >> low if low else plane).to(torch.uint8)
         low += width
     return planes
 
@@ -63,12 +66,9 @@ def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor) ->
         return levels.index_select(0, codes.flatten()).view(codes.shape)
     kind = torch.complex64 if bits == 4 else torch.complex128  # as wide as the levels of a byte
     index = packed["codes4" if bits == 4 else "codes2"].to(torch.int32)
-    if bits == 3:  # four high bits above each byte of low ones; a byte of high bits goes to two of those, 8 codes apart
-        octets = packed["codes1"].to(torch.int32)
-        high = _high(octets.device).index_select(0, octets.flatten()).view(torch.int32)
-        high = high.view(*octets.shape[:-1], 2 * octets.shape[-1])
-        for i, j in enumerate((0, 2, 1, 3)):
-            index[..., j::4].bitwise_or_(high[..., i::4])
+    if bits == 3:  # four high bits above each byte of low ones; two bytes of high bits, looked up at once, serve four
+        words = packed["codes1"].view(torch.uint16).to(torch.int32)
+        index.bitwise_or_(_high(words.device).index_select(0, words.flatten()).view(torch.int32).view(index.shape))
     table = levels.index_select(0, _bytes(bits, index.device)).view(kind)
     return table.index_select(0, index.flatten()).view(torch.float32).view(*index.shape[:-1], count)
 
@@ -85,9 +85,10 @@ def _bytes(bits: int, device: torch.device) -> Tensor:
 
 @cached_constant
 def _high(device: torch.device) -> Tensor:
-    """For each byte of the high bits of 3-bit codes its two groups of four in bits 8 to 11, two int32 as one int64."""
-    octet = torch.arange(256, dtype=torch.int32, device=device)[:, None] >> torch.tensor([0, 2], device=device)
-    return ((octet & 3 | octet >> 2 & 12) << 8).to(torch.int32).view(torch.int64).flatten()
+    """For two bytes of the high bits of 3-bit codes their four groups of four in bits 8 to 11: int32, as a complex."""
+    word = torch.arange(1 << 16, dtype=torch.int32, device=device)[:, None]
+    word = word >> torch.tensor([0, 8, 2, 10], dtype=torch.int32, device=device)
+    return ((word & 3 | word >> 2 & 12) << 8).view(torch.complex128).flatten()
 
 
 def _shuffled(bits: int, width: int) -> bool:

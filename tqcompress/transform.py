@@ -97,6 +97,12 @@ class TransformedCodec(Codec):
         y = self.dequantize(packed).mul_(self._decode_scale(packed["scale"]))
         return y.add_(self._turn(self.mean[:, None])) if self.options.center else y
 
+    def decode_factors(self, packed: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What the codes decode to, and the scales; together if there is a mean to add."""
+        if self.options.center:
+            return super().decode_factors(packed)
+        return self.dequantize(packed), self._decode_scale(packed["scale"]).squeeze(-1)
+
     def decode(self, packed: dict[str, Tensor]) -> Tensor:
         """The decoded vectors, float32."""
         return self.unrotate(self.decode_rotated(packed))
