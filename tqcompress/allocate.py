@@ -235,7 +235,17 @@ def _changes(groups: list[list[Slot]], choices: list[int], base: Bits) -> Iterab
                 yield row, column, base | dict.fromkeys(unit, choice)
 
 
-def _sensitivities(model, window, groups, choices, base, kl, plan_of, build, step) -> np.ndarray:
+def _sensitivities(
+    model: nn.Module,
+    window: torch.Tensor,
+    groups: list[list[Slot]],
+    choices: list[int],
+    base: Bits,
+    kl: float,
+    plan_of: Callable[[Allocated], Plan],
+    build: Callable[[Plan], Compression],
+    step: Callable[[], None],
+) -> np.ndarray:
     """The change of `kl` when a unit alone gets a choice: `[units, choices]`, 0 where it changes nothing."""
     plan = plan_of(_answer(base))
     layers = build(plan).layers
@@ -243,7 +253,7 @@ def _sensitivities(model, window, groups, choices, base, kl, plan_of, build, ste
     def changed(bits: Bits) -> dict[int, LayerCodecs]:
         other = plan_of(_answer(bits))
         new = tuple(group for group in other.groups if group not in plan.groups)
-        touched = {group.layer for group in new}
+        touched = {group.layer for group in new}  # only their codecs are built anew
         if not touched:
             return layers
         part = replace(other, groups=tuple(group for group in other.groups if group.layer in touched))
