@@ -36,7 +36,7 @@ LOSSLESS = {"version": 1, "keep": KEEP, "quantizer": "exact", "key": {"bits": 32
 def logits_at_once(model, recipe, ids):
     compression = api.plan_compression(model, recipe)
     with torch.no_grad(), _attention(model):
-        return model(ids, past_key_values=_teacher_cache(model, compression), use_cache=True).logits
+        return model(ids, past_key_values=_teacher_cache(model, compression.layers), use_cache=True).logits
 
 
 def logits_token_by_token(model, recipe, ids):

@@ -152,7 +152,6 @@ def test_mistakes(changes, parts):
 
 UNFINISHED = {
     "outliers": {"channels": 32, "bits": 4},
-    "budget": {"bits": 2.5},
     "tiers": [{"after": 8192, "key": {"bits": 2}, "value": {"bits": 2}}],
 }
 

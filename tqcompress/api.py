@@ -1,5 +1,8 @@
 """apply, remove, save, load: the only place that wires the parts to a model."""
 
+import logging
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import torch
 from torch import nn
 
 from . import artifacts
+from .allocate import Allocation, allocate
 from .calibrate import Calibrator, Statistics
 from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
@@ -14,9 +18,11 @@ from .models import base_name
 from .plan import Plan
 from .recipe import Recipe
 from .registry import plugins
-from .resolve import resolve
+from .resolve import Allocated, resolve
 from .shape import ModelShape
 from .sharding import HeadShard, is_shared, writes_files
+
+log = logging.getLogger("tqcompress")
 
 
 def apply(
@@ -33,6 +39,8 @@ def apply(
     `RecipeError` or `ModelError`; the model is then unchanged.
     """
     compression = plan_compression(model, recipe, Calibrator(model, tokenizer), statistics)
+    if compression.allocation is not None:
+        log.log(logging.INFO if compression.allocation.kept else logging.WARNING, compression.allocation)
     attach(model, compression)
     return compression.plan
 
@@ -45,18 +53,39 @@ def plan_compression(
 ) -> Compression:
     """Resolve a recipe against a model, build its codecs and fit them, without touching the model.
 
-    `calibrator` takes the statistics that the recipe asks for, unless they are given.
+    `calibrator` takes the statistics that the recipe asks for, unless they are given, and the text that a budget is
+    measured on.
     """
-    loaded = Recipe.load(recipe)
-    plan = resolve(loaded, ModelShape.of(model), str(recipe) if isinstance(recipe, (str, Path)) else None)
-    for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
-        plan = changed or plan
-    compression = Compression(loaded, plan, _devices(model), HeadShard.of(model))
-    if compression.needs_statistics:
-        compression.fit(statistics or (calibrator or Calibrator(model)).statistics(loaded))
-    elif loaded.calibration is not None:
-        raise RecipeError(f"{loaded.name}: calibration: nothing here uses it; add center or balance, or remove it")
-    compression.choose_backends()
+    loaded, shape, devices, shard = Recipe.load(recipe), ModelShape.of(model), _devices(model), HeadShard.of(model)
+    source = str(recipe) if isinstance(recipe, (str, Path)) else loaded.name
+    calibrator = calibrator or Calibrator(model)
+
+    def plan_of(allocated: Allocated | None = None) -> Plan:
+        plan = resolve(loaded, shape, source, allocated)
+        for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
+            plan = changed or plan
+        return plan
+
+    def build(plan: Plan) -> Compression:
+        compression = Compression(loaded, plan, devices, shard)
+        if compression.needs_statistics:
+            compression.fit(statistics or calibrator.statistics(loaded))
+        elif loaded.calibration is not None and loaded.budget is None:
+            raise RecipeError(f"{loaded.name}: calibration: nothing here uses it; add center or balance, or remove it")
+        compression.choose_backends()
+        return compression
+
+    if loaded.budget is None:
+        return build(plan_of())
+    if shard.size > 1:
+        raise ModelError(
+            f"{source}: budget: a model that several processes share is not measured; apply the recipe in one process, "
+            "save, and load that here"
+        )
+    windows, progress = partial(calibrator.other_windows, loaded), partial(calibrator.progress, "allocating bits")
+    plan, allocation = allocate(model, loaded, source, windows, plan_of, build, progress)
+    compression = build(plan)
+    compression.allocation = allocation
     return compression
 
 
@@ -97,7 +126,10 @@ def save(
         model.save_pretrained(path)  # by all processes: each gives its part
     if writes_files(model):
         path.mkdir(parents=True, exist_ok=True)
-        artifacts.write(path, compression.recipe, compression.plan, compression.state(), compression.calibration)
+        allocation = asdict(compression.allocation) if compression.allocation else None
+        artifacts.write(
+            path, compression.recipe, compression.plan, compression.state(), compression.calibration, allocation
+        )
         write_config(model, path, weights, base)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
@@ -120,6 +152,7 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
     compression.calibration = artifact.calibration
+    compression.allocation = artifact.allocation and Allocation(**artifact.allocation)
     compression.choose_backends()
     attach(model, compression)
     return plan

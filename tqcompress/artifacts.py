@@ -36,6 +36,7 @@ class Artifact:
     model_name: str
     model_dtype: str
     calibration: dict[str, Any] | None  # what the tensors were fitted on
+    allocation: dict[str, Any] | None  # what came of the recipe's budget
     tensors: dict[str, Tensor]
 
     def model(self) -> ModelShape:
@@ -74,7 +75,12 @@ class Artifact:
 
 
 def write(
-    directory: Path, recipe: Recipe, plan: Plan, state: dict[str, Tensor], calibration: dict[str, Any] | None = None
+    directory: Path,
+    recipe: Recipe,
+    plan: Plan,
+    state: dict[str, Tensor],
+    calibration: dict[str, Any] | None = None,
+    allocation: dict[str, Any] | None = None,
 ) -> Path:
     """Write the artifact and `recipe.yaml`; each file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
@@ -86,6 +92,7 @@ def write(
         "plan": json.dumps(plan.to_dict(), sort_keys=True),
         "fingerprint": json.dumps(plan.model.fingerprint(), sort_keys=True),
         "calibration": json.dumps(calibration, sort_keys=True),
+        "allocation": json.dumps(allocation, sort_keys=True),
         "model_name": plan.model.name,
         "model_dtype": str(plan.model.dtype).removeprefix("torch."),
     }
@@ -118,13 +125,13 @@ def read(path: Path) -> Artifact:
     try:
         recipe = Recipe.parse(json.loads(metadata["recipe"]), f"{path}: recipe")
         plan, fingerprint = json.loads(metadata["plan"]), json.loads(metadata["fingerprint"])
-        calibration = json.loads(metadata.get("calibration", "null"))
+        calibration, allocation = (json.loads(metadata.get(key, "null")) for key in ("calibration", "allocation"))
     except (KeyError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path}: the metadata is malformed: {error!r}") from None
     except TQCompressError as error:
         raise ArtifactError(str(error)) from None
     name, dtype = metadata["model_name"], metadata["model_dtype"]
-    return Artifact(path, recipe, plan, fingerprint, name, dtype, calibration, tensors)
+    return Artifact(path, recipe, plan, fingerprint, name, dtype, calibration, allocation, tensors)
 
 
 def _in_order(content: bytes) -> bytes:

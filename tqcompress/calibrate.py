@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from . import attention
 from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
-from .recipe import Recipe
+from .recipe import Calibration, Recipe
 from .sharding import HeadShard
 from .texts import load_text
 
@@ -88,24 +89,34 @@ class Statistics:
 class Calibrator:
     """Takes the statistics that recipes ask for, each once for a model."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, progress: Callable[[int, int], None] | None = None):
-        self.model, self.tokenizer, self.progress = model, tokenizer, progress or (lambda done, total: None)
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, progress: Callable[[str, int, int], None] | None = None
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.progress = progress or (lambda what, done, total: None)  # what goes on, the passes done, their number
         self._taken: dict[tuple[Any, int], Statistics] = {}
 
     def statistics(self, recipe: Recipe) -> Statistics:
         """Those of the recipe's `calibration`. Raises `RecipeError` if it has none."""
-        settings, skip = recipe.calibration, recipe.keep.sinks
-        if settings is None:
-            raise RecipeError(
-                f"{recipe.name}: calibration: missing; center and balance need statistics of the model on a text, "
-                "for example calibration: {text: wikitext-validation}"
-            )
+        settings, skip = (
+            _settings(recipe, "center and balance need statistics of the model on a text"),
+            recipe.keep.sinks,
+        )
         if (settings, skip) not in self._taken:
-            ids = torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
-            taken = calibrate(self.model, ids, settings.tokens, settings.length, settings.seed, skip, self.progress)
+            show = partial(self.progress, "calibrating")
+            ids = self._ids(settings)
+            taken = calibrate(self.model, ids, settings.tokens, settings.length, settings.seed, skip, show)
             name = Path(settings.text).name  # a machine's paths mean nothing elsewhere
             self._taken[settings, skip] = replace(taken, source={"text": name} | taken.source)
         return self._taken[settings, skip]
+
+    def other_windows(self, recipe: Recipe) -> list[Tensor]:
+        """Token ids of the windows of the calibration text that statistics are not taken from, in a random order."""
+        settings = _settings(recipe, "a budget needs a text to measure the model on")
+        return choose_windows(self.model, self._ids(settings), settings.tokens, settings.length, settings.seed)[1]
+
+    def _ids(self, settings: Calibration) -> Tensor:
+        return torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -194,14 +205,8 @@ def calibrate(
 
     Raises `TQCompressError` if the text is shorter than two tokens beyond `skip`, or numbers are not finite.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length = min(length, limit or length, tokens)
-    windows = list(ids.split(length))
-    if len(windows) > 1 and len(windows[-1]) < length:
-        windows.pop()
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    windows = [windows[i] for i in sorted(order[: max(1, tokens // length)].tolist())]
-    used = torch.cat(windows)
+    windows, _ = choose_windows(model, ids, tokens, length, seed)
+    used, length = torch.cat(windows), min(length, len(windows[0]))
     if len(windows[0]) < skip + 2:
         raise TQCompressError(f"calibration: the text has {len(ids)} tokens; at least {skip + 2} are needed")
     watcher = _Watcher(skip)
@@ -213,6 +218,29 @@ def calibrate(
     digest = hashlib.sha256(used.to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
     source = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
     return watcher.statistics(source, HeadShard.of(model))
+
+
+def choose_windows(
+    model: nn.Module, ids: Tensor, tokens: int, length: int, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The windows of a text that `calibrate` uses, in the text's order, and the others, in the order of `seed`."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(length, limit or length, tokens)
+    windows = list(ids.split(length))
+    if len(windows) > 1 and len(windows[-1]) < length:
+        windows.pop()
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, tokens // length)
+    return [windows[i] for i in sorted(order[:count])], [windows[i] for i in order[count:]]
+
+
+def _settings(recipe: Recipe, why: str) -> Calibration:
+    """The recipe's `calibration`. Raises `RecipeError`, which says `why` it is needed, if it has none."""
+    if recipe.calibration is None:
+        raise RecipeError(
+            f"{recipe.name}: calibration: missing; {why}, for example calibration: {{text: wikitext-validation}}"
+        )
+    return recipe.calibration
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 
 from . import api, page, report, session
 from . import suite as suites
+from .allocate import Allocation
 from .artifacts import FILE_NAME, read
 from .calibrate import Statistics
 from .compression import Compression
@@ -57,6 +58,12 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"tqcompress {__version__}")
         raise typer.Exit
+
+
+def _say_allocation(compression: Compression) -> None:
+    """Print what came of a budget, if the recipe has one."""
+    if compression.allocation is not None:
+        console.print(f"{escape(compression.recipe.name)}: {compression.allocation}", highlight=False)
 
 
 @app.callback()
@@ -110,6 +117,7 @@ def apply(
             api.save(loaded, out, weights=weights, tokenizer=tokenizer, base=model)
     seconds = time.perf_counter() - started
 
+    _say_allocation(compression)
     console.print(report.cost_table(compression.plan))
     console.print(report.quality_table([quality], text))
     samples = Table(
@@ -178,6 +186,8 @@ def evaluate_command(
         budgets = {recipe.name: budget for budget, group in equal.items() for recipe in group}
         results = [replace(result, budget=budgets.get(result.recipe)) for result in results]
         results.sort(key=lambda result: (result.budget or 0, result.format_bits, result.kl_mean))
+    for compression in compressions.values():
+        _say_allocation(compression)
     console.print(report.quality_table(results, text))
     for reason in left_out:
         console.print(f"left out: {escape(reason)}")
@@ -267,6 +277,7 @@ def inspect(
         artifact = read(Path(what))
         compression = Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
         artifact.restore(compression.state())
+        compression.allocation = artifact.allocation and Allocation(**artifact.allocation)
     elif model is None:
         raise TQCompressError(
             f"{what}: a recipe is inspected against a model, give --model; a saved directory needs none"
@@ -275,6 +286,7 @@ def inspect(
         recipe = Recipe.load(what)
         compression = Compression(recipe, resolve(recipe, load_shape(model), what), {})
     compression.choose_backends(torch.device(device or default_device()))
+    _say_allocation(compression)
     console.print(report.plan_table(compression))
     console.print(report.bits_map(compression.plan, console.width))
     console.print(report.cost_table(compression.plan))

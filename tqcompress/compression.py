@@ -49,6 +49,7 @@ class Compression(nn.Module):
                 device = devices.get(index, "cpu") if shard.size == 1 else "cpu"
                 self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
         self.calibration: dict[str, str | int] | None = None  # what the codecs were fitted on
+        self.allocation: Any = None  # what came of the recipe's budget, an `Allocation`
         self.arguments: list[str] = []  # of the decoder's forward, in order
         self.unread = False  # whether no mask is made for steps in caches of fixed size
         self.hook = self.previous_attention = None

@@ -6,7 +6,7 @@ every other token decoded. A plain prefill would be exact everywhere and show no
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -94,7 +94,7 @@ def evaluate(
             reference = model(batch, use_cache=False).logits[0, :-1]
             progress()
             for name, compression in compressions.items():
-                cache = _teacher_cache(model, compression, losses[name])
+                cache = _teacher_cache(model, compression.layers, losses[name])
                 logits = model(batch, past_key_values=cache, use_cache=True).logits[0, :-1]
                 tallies[name].add(reference, logits, targets)
                 progress()
@@ -105,6 +105,31 @@ def evaluate(
 def passes(tokens: int, window_tokens: int, compressions: int) -> int:
     """Forward passes that `evaluate` makes."""
     return math.ceil(tokens / window_tokens) * (1 + compressions)
+
+
+@torch.no_grad()
+def divergences(
+    model: nn.Module,
+    windows: Sequence[Tensor],
+    candidates: Sequence[Callable[[], dict[int, LayerCodecs]]],
+    progress: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """The mean KL, as in `evaluate`, of each candidate on windows of token ids `[tokens]`.
+
+    A candidate is a function that builds the codecs of all compressed layers: one is held at a time. `progress` is
+    called after every forward pass, one for each window and one more for each of its candidates.
+    """
+    tallies = [_Tally() for _ in candidates]
+    with _attention(model):
+        for window in windows:
+            batch, targets = window.to(model.device)[None], window[1:].to(model.device)
+            reference = model(batch, use_cache=False).logits[0, :-1]
+            progress()
+            for tally, layers in zip(tallies, candidates, strict=True):
+                cache = _teacher_cache(model, layers())
+                tally.add(reference, model(batch, past_key_values=cache, use_cache=True).logits[0, :-1], targets)
+                progress()
+    return [torch.cat(tally.kl).mean().item() for tally in tallies]
 
 
 def _windows(ids: Tensor, window_tokens: int) -> Iterator[Tensor]:
@@ -182,10 +207,10 @@ def _errors(plan: Plan, losses: Losses, side: int) -> list[list[float | None]]:
     return table
 
 
-def _teacher_cache(model: nn.Module, compression: Compression, losses: Losses | None = None) -> Cache:
+def _teacher_cache(model: nn.Module, layers: dict[int, LayerCodecs], losses: Losses | None = None) -> Cache:
     """A cache for one forward pass over a whole window; what its codecs lose is added to `losses`."""
     cache = DynamicCache(config=model.config)
-    for index, codecs in compression.layers.items():
+    for index, codecs in layers.items():
         cache.layers[index] = _TeacherLayer(codecs, losses)
     return cache
 

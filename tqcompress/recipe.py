@@ -125,11 +125,30 @@ class Outliers(_Model):
 
 
 class Budget(_Model):
-    """Bits to be spread by an allocator."""
+    """Bits that are spread where they count: what the recipe gives no `bits` gets them from measurements.
+
+    `bits` is what a stored coordinate costs, scales included, on average over the keys and values of the layers that
+    are compressed. Sensitivities are measured on `tokens` tokens of the calibration text.
+    """
 
     bits: Annotated[float, Field(gt=0)]
-    over: list[Literal["layers", "heads"]] = ["layers"]
-    allocator: str = "greedy"
+    over: list[Literal["layers", "heads", "sides"]] = ["layers", "sides"]
+    choices: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 2, 3, 4]
+    tokens: PositiveInt = 512
+
+    @field_validator("over", "choices")
+    @classmethod
+    def _each_once(cls, given: list) -> list:
+        if len(set(given)) < len(given):
+            raise ValueError(f"found {given}; allowed: each of them once")
+        return given
+
+    @field_validator("over")
+    @classmethod
+    def _heads_are_of_layers(cls, given: list[str]) -> list[str]:
+        if not given or given == ["heads"] or set(given) == {"heads", "sides"}:
+            raise ValueError(f"found {given}; allowed: layers, sides, or both; heads only together with layers")
+        return given
 
 
 class Calibration(_Model):
@@ -167,7 +186,7 @@ class Recipe(_Model):
     calibration: Calibration | None = None
     tiers: list[Tier] = []
 
-    @field_validator("outliers", "budget", "tiers")
+    @field_validator("outliers", "tiers")
     @classmethod
     def _only_what_is_implemented(cls, value: Any, info: ValidationInfo) -> Any:
         if value != cls.model_fields[info.field_name].default:

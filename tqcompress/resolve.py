@@ -1,7 +1,9 @@
 """Recipe x model shape -> plan. Rules are applied top to bottom, head by head; later rules win."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,6 +11,7 @@ from pydantic import ValidationError
 from .codec import HeadShape, TensorSpec
 from .errors import RecipeError
 from .plan import SIDES, Group, Plan, footprint
+from .plan import Side as SideName
 from .recipe import Recipe, Rule, Side, yaml_path
 from .registry import plugins
 from .shape import ModelShape
@@ -41,12 +44,18 @@ class _Setting:
         keys = _keys_of(self.quantizer[0])
         return replace(self, keys={k: v for k, v in common.items() if k in keys} | self.keys)
 
+    def with_bits(self, allocated: Callable[[], int]) -> "_Setting":
+        """This setting with allocated bits, if it has none of its own."""
+        return (
+            self if "bits" in self.keys else replace(self, keys=self.keys | {"bits": (allocated(), "budget.choices")})
+        )
+
     def spec(self, shape: HeadShape, source: str) -> TensorSpec:
         """The checked spec. Raises `RecipeError` naming the path of the offending key."""
         values = {key: value for key, (value, _) in self.keys.items()}
         paths = {key: path for key, (_, path) in self.keys.items()} | {"quantizer": self.quantizer[1]}
         if "bits" not in values:
-            raise RecipeError(f"{source}: {shape.side}.bits: missing; give the bits of a {shape.side}")
+            raise RecipeError(f"{source}: {shape.side}.bits: missing; give the bits of a {shape.side}, or a budget")
         spec = TensorSpec(self.quantizer[0], values.pop("bits"), values)
         try:
             footprint(spec, shape)
@@ -67,12 +76,21 @@ class _Setting:
         return spec
 
 
-def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Plan:
+# The bits of a layer's KV head and side that the recipe gives none, because a budget decides.
+Allocated = Callable[[int, int, SideName], int]
+
+
+def resolve(recipe: Recipe, model: ModelShape, source: str | None = None, allocated: Allocated | None = None) -> Plan:
     """The plan that `recipe` means for `model`; `source` names the recipe in errors.
 
-    Raises `RecipeError` for layers, heads, quantizers, bits or keys that do not exist here.
+    `allocated` is asked for the bits that a recipe with a budget leaves open. Raises `RecipeError` for layers, heads,
+    quantizers, bits or keys that do not exist here.
     """
     source = source or recipe.name
+    if recipe.budget is not None and allocated is None:
+        raise RecipeError(
+            f"{source}: budget: its bits are measured on the model; `tqcompress apply --out DIR` does, then inspect DIR"
+        )
     base = {
         side: _Setting((recipe.quantizer, "quantizer")).overridden(None, getattr(recipe, side), "", side)
         for side in SIDES
@@ -96,6 +114,9 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None) -> Pla
                     for side in settings
                 }
             settings = {side: settings[side].with_common(common[side]) for side in SIDES}
+            if recipe.budget is not None and not skipped:
+                for side in SIDES:
+                    settings[side] = settings[side].with_bits(partial(allocated, index, head, side))
             pairs[skipped or _specs(settings, model, index, source)].append(head)
         skips = [pair for pair in pairs if isinstance(pair, str)]
         if len(skips) == len(pairs):

@@ -30,8 +30,8 @@ def progress() -> Progress:
 def calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calibrator:
     """One that shows its progress as the task `step`."""
 
-    def show(done: int, total: int) -> None:
-        bar.update(step, description="calibrating", completed=done, total=total)
+    def show(what: str, done: int, total: int) -> None:
+        bar.update(step, description=what, completed=done, total=total)
 
     return Calibrator(model, tokenizer, show)
 
