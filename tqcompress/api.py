@@ -1,7 +1,6 @@
 """apply, remove, save, load: the only place that wires the parts to a model."""
 
 import logging
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from . import artifacts
-from .allocate import Allocation, allocate
+from .allocate import allocate
 from .calibrate import Calibrator, Statistics
 from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
@@ -126,10 +125,8 @@ def save(
         model.save_pretrained(path)  # by all processes: each gives its part
     if writes_files(model):
         path.mkdir(parents=True, exist_ok=True)
-        allocation = asdict(compression.allocation) if compression.allocation else None
-        artifacts.write(
-            path, compression.recipe, compression.plan, compression.state(), compression.calibration, allocation
-        )
+        c = compression
+        artifacts.write(path, c.recipe, c.plan, c.state(), c.calibration, c.allocation)
         write_config(model, path, weights, base)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
@@ -152,7 +149,7 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
     compression.calibration = artifact.calibration
-    compression.allocation = artifact.allocation and Allocation(**artifact.allocation)
+    compression.allocation = artifact.allocation
     compression.choose_backends()
     attach(model, compression)
     return plan

@@ -6,15 +6,17 @@ Nothing in it is code. Its sha256 covers the tensors and the metadata, so any ch
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from .allocate import Allocation
 from .errors import ArtifactError, TQCompressError
 from .plan import Plan
 from .recipe import Recipe
@@ -36,7 +38,7 @@ class Artifact:
     model_name: str
     model_dtype: str
     calibration: dict[str, Any] | None  # what the tensors were fitted on
-    allocation: dict[str, Any] | None  # what came of the recipe's budget
+    allocation: Allocation | None  # what came of the recipe's budget
     tensors: dict[str, Tensor]
 
     def model(self) -> ModelShape:
@@ -80,7 +82,7 @@ def write(
     plan: Plan,
     state: dict[str, Tensor],
     calibration: dict[str, Any] | None = None,
-    allocation: dict[str, Any] | None = None,
+    allocation: Allocation | None = None,
 ) -> Path:
     """Write the artifact and `recipe.yaml`; each file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
@@ -92,7 +94,7 @@ def write(
         "plan": json.dumps(plan.to_dict(), sort_keys=True),
         "fingerprint": json.dumps(plan.model.fingerprint(), sort_keys=True),
         "calibration": json.dumps(calibration, sort_keys=True),
-        "allocation": json.dumps(allocation, sort_keys=True),
+        "allocation": json.dumps(allocation and asdict(allocation), sort_keys=True),
         "model_name": plan.model.name,
         "model_dtype": str(plan.model.dtype).removeprefix("torch."),
     }
@@ -125,8 +127,9 @@ def read(path: Path) -> Artifact:
     try:
         recipe = Recipe.parse(json.loads(metadata["recipe"]), f"{path}: recipe")
         plan, fingerprint = json.loads(metadata["plan"]), json.loads(metadata["fingerprint"])
-        calibration, allocation = (json.loads(metadata.get(key, "null")) for key in ("calibration", "allocation"))
-    except (KeyError, json.JSONDecodeError) as error:
+        calibration = json.loads(metadata.get("calibration", "null"))
+        allocation = TypeAdapter(Allocation | None).validate_json(metadata.get("allocation", "null"))
+    except (KeyError, json.JSONDecodeError, ValidationError) as error:
         raise ArtifactError(f"{path}: the metadata is malformed: {error!r}") from None
     except TQCompressError as error:
         raise ArtifactError(str(error)) from None

@@ -18,7 +18,6 @@ from typer.exceptions import Abort, TyperException
 
 from . import api, page, report, session
 from . import suite as suites
-from .allocate import Allocation
 from .artifacts import FILE_NAME, read
 from .calibrate import Statistics
 from .compression import Compression
@@ -277,7 +276,7 @@ def inspect(
         artifact = read(Path(what))
         compression = Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
         artifact.restore(compression.state())
-        compression.allocation = artifact.allocation and Allocation(**artifact.allocation)
+        compression.allocation = artifact.allocation
     elif model is None:
         raise TQCompressError(
             f"{what}: a recipe is inspected against a model, give --model; a saved directory needs none"
