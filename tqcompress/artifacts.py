@@ -129,7 +129,11 @@ def read(path: Path) -> Artifact:
         plan, fingerprint = json.loads(metadata["plan"]), json.loads(metadata["fingerprint"])
         calibration = json.loads(metadata.get("calibration", "null"))
         allocation = TypeAdapter(Allocation | None).validate_json(metadata.get("allocation", "null"))
-    except (KeyError, json.JSONDecodeError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("allocation", *first["loc"])))
+        raise ArtifactError(f"{path}: the metadata is malformed: {place}: {first['msg']}") from None
+    except (KeyError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path}: the metadata is malformed: {error!r}") from None
     except TQCompressError as error:
         raise ArtifactError(str(error)) from None
