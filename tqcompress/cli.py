@@ -3,16 +3,18 @@
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from typer.exceptions import Abort, TyperException
 
@@ -148,6 +150,22 @@ def apply(
     })  # fmt: skip
 
 
+def _planned(
+    model: Any,
+    tokenizer: Any,
+    bar: Progress,
+    step: TaskID,
+    recipes: Sequence[str | Recipe],
+    required: Sequence[str | Recipe],
+    statistics: Statistics | None,
+) -> tuple[dict[str, Compression], list[str]]:
+    """`session.plan_each` for a loaded model, with its calibration shown as the task `step`."""
+    calibrator = session.calibrator(model, tokenizer, bar, step)
+    return session.plan_each(
+        recipes, required, lambda recipe: api.plan_compression(model, recipe, calibrator, statistics)
+    )
+
+
 @app.command(name="eval")
 def evaluate_command(
     model: ModelOpt,
@@ -172,10 +190,7 @@ def evaluate_command(
     with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
-        calibrator = session.calibrator(loaded, tokenizer, bar, step)
-        compressions, left_out = session.plan_each(
-            wanted, named, lambda recipe: api.plan_compression(loaded, recipe, calibrator, given)
-        )
+        compressions, left_out = _planned(loaded, tokenizer, bar, step, wanted, named, given)
         ids = session.token_ids(tokenizer, content, max_tokens)
         window = window_tokens or session.default_window(loaded)
         total = passes(len(ids), window, len(compressions))
@@ -215,14 +230,13 @@ def needle_command(
     with session.progress() as bar:
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
-        calibrator = session.calibrator(loaded, tokenizer, bar, step)
-        compressions, _ = session.plan_each(
-            recipes, recipes, lambda recipe: api.plan_compression(loaded, recipe, calibrator, given)
-        )
+        compressions, _ = _planned(loaded, tokenizer, bar, step, recipes, recipes, given)
         bar.update(step, description="hiding and asking", total=len(sizes) * depths * repeats, completed=0)
         results = retrieve(
             loaded, tokenizer, content, compressions, sizes, depths, repeats, seed, lambda: bar.advance(step)
         )
+    for compression in compressions.values():
+        _say_allocation(compression)
     console.print(report.needle_table(results, text))
     session.write_json(json_file, [asdict(result) for result in results])
 
