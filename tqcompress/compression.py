@@ -148,15 +148,22 @@ class Compression(nn.Module):
         """Forward pre-hook: put compressed layers into the cache, making one if the decoder would."""
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
+        recomputes = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        if cache is not None and recomputes:  # transformers would drop the cache and go on
+            raise ModelError(
+                "a cache was given while gradient checkpointing recomputes layers, which uses none; "
+                "call model.eval() to generate, or pass no cache and use_cache=False to train"
+            )
         if cache is None:
             use_cache = given.get("use_cache")
             if not (decoder.config.use_cache if use_cache is None else use_cache):
                 return None
-            if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            if recomputes:
                 return None  # the decoder will not use a cache
             cache = DynamicCache(config=decoder.config)
             given["past_key_values"] = cache
         self.compress_layers(cache, given.get("attention_mask"))
+        self._refuse_packed(cache, given)
         if self.unread and not torch.compiler.is_compiling():
             self._note_step(cache, given)
         return (), given
@@ -204,8 +211,7 @@ class Compression(nn.Module):
 
     def _note_padding(self, cache: Cache, attention_mask: "torch.Tensor | dict[str, torch.Tensor]") -> None:
         """Tell the layers of an empty cache where each prompt begins: the sinks are its first real tokens."""
-        layers = [cache.layers[index] for index in self.layers]
-        if any(not isinstance(layer, CompressedLayer) or layer.holds_tokens for layer in layers):
+        if self._holds_tokens(cache):
             return
         if isinstance(attention_mask, dict):  # one mask for each kind of layer, made by generate()
             attention_mask = attention_mask.get("full_attention")
@@ -220,8 +226,29 @@ class Compression(nn.Module):
         padding = None if shown is None else shown.long().argmax(1)
         if padding is not None and not padding.any():
             padding = None
-        for layer in layers:
-            layer.note_prompt(shown, padding)
+        for index in self.layers:
+            cache.layers[index].note_prompt(shown, padding)
+
+    def _refuse_packed(self, cache: Cache, given: dict[str, Any]) -> None:
+        """Raise `ModelError` for a prompt of several sequences in one row, told apart by their positions alone.
+
+        Transformers masks them apart without a cache only; with one, each would see those before it.
+        """
+        places = given.get("position_ids")
+        if given.get("attention_mask") is not None or not isinstance(places, torch.Tensor) or places.dim() != 2:
+            return
+        if places.shape[1] == 1 or torch.compiler.is_compiling() or self._holds_tokens(cache):
+            return
+        if bool((places.diff(dim=1) <= 0).any()):
+            raise ModelError(
+                "position_ids begin anew within a row: several sequences are packed into one, which a cache cannot "
+                "tell apart; give each its own row, or pass use_cache=False"
+            )
+
+    def _holds_tokens(self, cache: Cache) -> bool:
+        """Whether any layer here does, or is somebody else's."""
+        layers = [cache.layers[index] for index in self.layers]
+        return any(not isinstance(layer, CompressedLayer) or layer.holds_tokens for layer in layers)
 
     def _note_step(self, cache: Cache, given: dict[str, Any]) -> None:
         """Tell caches of fixed size what the caller hides from a step; generate() gives no mask there."""
