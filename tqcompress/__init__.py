@@ -5,7 +5,7 @@ tqcompress.save(model, "out")                # AutoModelForCausalLM.from_pretrai
 tqcompress.remove(model)
 """
 
-from .api import apply, load, remove, save
+from .api import apply, load, remove, save, verify
 from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels
 from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
 from .hf import TQCompressConfig
@@ -39,4 +39,5 @@ __all__ = [
     "remove",
     "run_ahead",
     "save",
+    "verify",
 ]

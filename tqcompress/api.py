@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from . import artifacts
 from .allocate import allocate
+from .cache import CompressedLayer
 from .calibrate import Calibrator, Statistics
 from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
@@ -153,6 +155,17 @@ def load(model: nn.Module, path: "str | Path") -> Plan:
     compression.choose_backends()
     attach(model, compression)
     return plan
+
+
+def verify(cache: Cache) -> None:
+    """Raise `ModelError` if a compressed cache holds anything infinite, not a number, or too large for its codes.
+
+    The error names the layer and the KV heads. Waits for the device. On a CPU such keys and values are refused when
+    they come; on other devices they are found some steps after they were encoded, and here at once.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, CompressedLayer):
+            layer.verify()
 
 
 def attach(model: nn.Module, compression: Compression) -> None:

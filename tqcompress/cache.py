@@ -4,17 +4,16 @@ Tokens live in this order: sinks (exact) | packed | recent (exact). New tokens e
 left the window moves to the sinks until those are full, and is encoded, once, from then on.
 """
 
-import math
 from copy import copy, deepcopy
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .codec import Codec
 from .errors import ModelError
 from .store import TokenStore
-from .view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
+from .view import GroupView, KVView, LayerCodecs, take_heads
+from .watch import Watch, fits_on_device, refuse_rows, refuse_states
 
 # Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
 # (assisted decoding crops them) never reaches into what is already encoded.
@@ -39,6 +38,8 @@ class CompressedLayer(DynamicLayer):
         self.recent: tuple[Tensor, Tensor] | None = None
         self.padding: Tensor | None = None  # `[batch]`: padding tokens on the left of the prompt, set before it comes
         self.order: Tensor | None = None  # `[batch, prompt]`: positions in the order stored, if that is another
+        self.watch: Watch | None = None  # where asking whether codes fit would wait for the device
+        self.watched = 0  # packed tokens that it was asked about
 
     def __deepcopy__(self, memo):
         new = copy(self)
@@ -70,16 +71,24 @@ class CompressedLayer(DynamicLayer):
                     for codec in (group.key, group.value)
                 )
             )
+        kernels = any(group.backend.append is not None for group in self.codecs.groups)
+        self.watch, self.watched = Watch(self.device) if kernels or self.device.type != "cpu" else None, 0
         self.is_initialized = True
 
     @torch.compiler.disable  # Python-side lengths; generate() runs this layer eagerly
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Add tokens `[batch, kv_heads, tokens, head_dim]`; return what attention reads, twice."""
+        """Add tokens `[batch, kv_heads, tokens, head_dim]`; return what attention reads, twice.
+
+        Raises `ModelError` for what is not finite, the cache being as it was; `verify` says when on other devices.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._look()
+        new = (key_states.detach(), value_states.detach())
+        if self.watch is None:
+            refuse_states(self.codecs, dict(zip(("keys", "values"), new, strict=True)))
         empty, count = self.get_seq_length() == 0, key_states.shape[2]
         self._release(keep=self.codecs.window)
-        new = (key_states.detach(), value_states.detach())
         if empty and self.padding is not None and count > self.codecs.sinks:
             self.order = _sinks_first(self.padding.to(self.device), self.codecs.sinks, count)
             new = tuple(states.take_along_dim(self.order[:, None, :, None], dim=2) for states in new)
@@ -134,27 +143,47 @@ class CompressedLayer(DynamicLayer):
                     group.backend.append(codec, vectors, store)
                     encoded.append((store, None))
                 else:
-                    encoded.append((store, self._encoded(codec, group, vectors)))
+                    encoded.append((store, codec.encode(vectors)))
+                    if self.watch is None:
+                        refuse_rows(self.codecs, group, codec, encoded[-1][1])
         for store, packed in encoded:
             if packed is None:
                 store.length += keys.shape[2]
             else:
                 store.append(packed, keys.shape[2])
+        self._watch_new()
 
-    def _encoded(self, codec: Codec, group: GroupCodecs, vectors: Tensor) -> dict[str, Tensor]:
-        packed = codec.encode(vectors)
-        # The largest magnitude is not a number if any is not: one operation, not the five of `isfinite().all()`.
-        if vectors.device.type == "cpu" and not (
-            math.isfinite(torch.linalg.vector_norm(vectors, math.inf)) and codec.fits(packed)
-        ):
-            # Only on a CPU: elsewhere the check would wait for the device.
-            raise ModelError(
-                f"layer {self.codecs.layer}, KV heads {[self.codecs.first_head + head for head in group.heads]}: "
-                f"{codec.name} cannot store these "
-                f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
-                "skip the layer in the recipe, or check the model's dtype"
-            )
-        return packed
+    def _watch_new(self) -> None:
+        """Have the device check the codes stored since the last time, without waiting for it."""
+        if self.watch is None or self.stores[0][0].length <= self.watched:
+            return
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, store in zip((group.key, group.value), stores, strict=True):
+                fits = fits_on_device(codec, store, self.watched)
+                if fits is not None:
+                    self.watch.note(fits)
+        self.watched = self.stores[0][0].length
+
+    def _look(self) -> None:
+        """Raise `ModelError` if the host has heard of codes that do not hold what was encoded; never waits to hear."""
+        if self.watch is not None and bool(self.watch.arrived):
+            self.verify()
+
+    def verify(self) -> None:
+        """Wait for the device, and raise `ModelError` if anything held is infinite, not a number or too large.
+
+        On a CPU nothing of the kind is ever held. Elsewhere it is found without this some steps after it was encoded.
+        """
+        if not self.is_initialized:
+            return
+        for name, i in (("keys", 0), ("values", 1)):
+            for states in (self.sinks[i], self.recent[i]):
+                refuse_states(self.codecs, {name: states})
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, store in zip((group.key, group.value), stores, strict=True):
+                refuse_rows(self.codecs, group, codec, store.read())
+        if self.watch is not None:  # what raised the flag has been cropped
+            self.watch = Watch(self.device)
 
     def get_seq_length(self) -> int:
         """Tokens cached."""
@@ -203,7 +232,7 @@ class CompressedLayer(DynamicLayer):
                     decoded = codec.decode(store.read(whole, whole + self.codecs.block))
                     states[:, list(group.heads)] = decoded[:, :, : length - whole].to(states.dtype)
                 store.crop(whole)
-        self.recent = rest
+        self.recent, self.watched = rest, min(self.watched, whole)
 
     def reset(self) -> None:
         """Forget all tokens."""

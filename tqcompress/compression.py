@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 
 from . import attention, blockwise, masks
 from .cache import CompressedLayer
-from .calibrate import Statistics
+from .calibrate import Moments, Statistics
+from .codec import Codec
 from .errors import ModelError
 from .plan import SIDES, Group, Plan, build_codec
 from .recipe import Recipe
@@ -74,7 +75,7 @@ class Compression(nn.Module):
                             f"layer {index}: the statistics have {found} for {side}s; the model has "
                             f"{shape.num_kv_heads}x{shape.head_dim}; calibrate on this model"
                         )
-                    codec.fit(moments.of(group.heads))
+                    _fit(codec, moments.of(group.heads), f"layer {index}, {side}s of KV heads {list(group.heads)}")
         self.calibration = statistics.source
 
     def choose_backends(self, device: torch.device | None = None) -> None:
@@ -259,6 +260,20 @@ class Compression(nn.Module):
         for layer in (cache.layers[index] for index in self.layers if new.shape[1] == 1):
             if isinstance(layer, RingLayer) and layer.fixed and layer.stepping:
                 layer.note_step(mask)
+
+
+def _fit(codec: Codec, moments: Moments, what: str) -> None:
+    """Fit one codec. Raises `ModelError` if the statistics are no moments, or the state does not come out finite."""
+    given = [moments.mean, moments.covariance, *([] if moments.query is None else [moments.query])]
+    if not all(bool(tensor.isfinite().all()) for tensor in given):
+        raise ModelError(f"{what}: the statistics are not finite; calibrate again")
+    try:
+        codec.fit(moments)
+    except torch.linalg.LinAlgError as error:
+        raise ModelError(f"{what}: the statistics are no covariances ({error}); calibrate again") from None
+    for name, tensor in codec.state().items():
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{what}: {name} of {codec.name} is not finite after fitting; calibrate on another text")
 
 
 def _backend(group: Group, pair: nn.ModuleDict, device: torch.device) -> Backend:

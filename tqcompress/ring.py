@@ -9,6 +9,7 @@ from .errors import ModelError
 from .masks import in_stored_order, same_for_all, simplest
 from .store import replaced
 from .view import KVView, LayerCodecs, Pair, RingTokens, query_heads, take_heads
+from .watch import Watch
 
 
 class RingLayer(CompressedLayer):
@@ -49,6 +50,8 @@ class RingLayer(CompressedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """As `CompressedLayer.update`; a single token is kept when attention reads the `StepView` that is returned."""
+        if not torch.compiler.is_compiling():
+            self._look()
         if key_states.shape[2] == 1 and (self.stepping or self._starts()):
             return (StepView(self, (key_states, value_states)),) * 2
         return self._update_many(key_states, value_states)
@@ -98,6 +101,7 @@ class RingLayer(CompressedLayer):
         self.sinks, self.recent = (self._joined([part[i] for part in parts]) for i in (0, 1))
         self._count_packed(length)
         self.stepping = False
+        self._watch_new()
 
     def _joined(self, pairs: list[Pair]) -> Pair:
         """The heads of all groups, each in its place."""
@@ -184,7 +188,11 @@ class RingLayer(CompressedLayer):
             if mask is not None and not torch.compiler.is_compiling():
                 self.note_step(simplest(mask, 1, mask.shape[-1]), grows)
             return None if self.shown is None else self.visible
-        coming = self.rings[0].packed(self.count + 1) - self.rings[0].packed(self.count)
+        packed = self.rings[0].packed(self.count)
+        coming = self.rings[0].packed(self.count + 1) - packed
+        if packed > self.watched:
+            self._count_packed(self.count)
+            self._watch_new()
         if grows and coming:
             self._count_packed(self.count)
             for store in (store for pair in self.stores for store in pair):
@@ -239,6 +247,16 @@ class RingLayer(CompressedLayer):
         if self.fixed and self.holds_tokens:
             self.enter()
 
+    def verify(self) -> None:
+        """As `CompressedLayer.verify`."""
+        stepping = self.stepping
+        self.leave()
+        try:
+            super().verify()
+        finally:
+            if stepping:
+                self.enter()
+
     def reset(self) -> None:
         """Forget all tokens. Buffers of a fixed size stay."""
         if not self.fixed or not self.is_initialized:
@@ -249,6 +267,7 @@ class RingLayer(CompressedLayer):
                 store.crop(0)
             self.sinks = self.recent = tuple(states[:, :, :0] for states in self.sinks)
             self.padding = self.order = self.shown = None
+            self.watch, self.watched = Watch(self.device), 0
         self.stepping = False
 
     def _map(self, function) -> None:

@@ -31,6 +31,12 @@ def test_prompt_then_single_tokens(setup, architecture):
     both(setup.pair(architecture), prompt(60), [20])
 
 
+@setups(growing, architectures=["llama"])
+def test_long_texts(setup, architecture):
+    """So long that storage grows several times, in chunks and token by token."""
+    both(setup.pair(architecture), prompt(480), [300, 1, 150, 1, 20])
+
+
 @setups(architectures=["llama"])
 def test_a_prompt_of_one_token(setup, architecture):
     both(setup.pair(architecture), prompt(20), [1])
@@ -131,11 +137,13 @@ def test_a_prefix_is_copied_and_continued_twice(setup, architecture):
 
 @setups(architectures=["llama"])
 def test_a_cache_is_emptied_and_used_again(setup, architecture):
+    """Of a padded batch; what comes then is not padded, and is as many rows."""
     pair = setup.pair(architecture)
-    _, used = both(pair, prompt(40, batch=2), [30])
+    ids, mask = padded_batch()
+    _, used = both(pair, ids, [20], mask)
     used.reset()
     assert int(used.get_seq_length()) == 0
-    ids = prompt(30, batch=2, seed=1)
+    ids = prompt(30, batch=3, seed=1)
     want = feed(pair.plain, pair.reference(), ids, [20])
     assert (feed(pair.compressed, used, ids, [20]) - want).abs().max() <= pair.limit
 
