@@ -44,8 +44,6 @@ FAULTS = [
     ("attention sinks are ignored", "attention.py", "if s_aux is not None:", "if False:"),
     ("one head's codes are another's", "view.py", "return states.narrow(1, first, count) if neighbours",
      "return states.narrow(1, 0, count) if neighbours"),
-    ("reset keeps the exact tokens", "cache.py", "self.recent, self.is_initialized = [], None, None, False",
-     "self.recent = [], None, self.recent"),
     ("keys and values of a prefill are rounded", "cache.py", "returned = (key_states, value_states) if empty",
      "returned = (key_states.bfloat16().to(key_states.dtype), value_states) if empty"),
 ]  # fmt: skip

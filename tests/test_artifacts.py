@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import lossless, prompt, tiny_model
+from tiny import prompt, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tqcompress
@@ -261,32 +261,3 @@ def test_a_pointer_to_a_missing_base_says_so(saved, tmp_path):
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="gone"):
         AutoModelForCausalLM.from_pretrained(saved)
-
-
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
-def test_a_failed_save_keeps_the_old_artifact(base, saved, monkeypatch, step):
-    """The disk is full halfway through the artifact."""
-    before = (saved / artifacts.FILE_NAME).read_bytes()
-    write_bytes = Path.write_bytes
-
-    def full_disk(path, content):
-        if artifacts.FILE_NAME in path.name:
-            write_bytes(path, content[: len(content) // 2])
-            raise OSError("no space left on device")
-        return write_bytes(path, content)
-
-    def no_replace(source, target):
-        raise OSError("no space left on device")
-
-    model = load_base(base)
-    tqcompress.apply(model, lossless())
-    with monkeypatch.context() as patch:
-        if step == "write_bytes":
-            patch.setattr(Path, "write_bytes", full_disk)
-        else:
-            patch.setattr(artifacts.os, "replace", no_replace)
-        with pytest.raises(OSError, match="no space"):
-            tqcompress.save(model, saved)
-    assert (saved / artifacts.FILE_NAME).read_bytes() == before
-    assert not list(saved.glob("*.partial"))
-    assert compression_of(model).recipe == tqcompress.Recipe.load(lossless())  # and the model still works

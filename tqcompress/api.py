@@ -16,6 +16,7 @@ from .calibrate import Calibrator, Statistics
 from .compression import MODULE, Compression
 from .errors import ArtifactError, ModelError, RecipeError
 from .models import base_name
+from .output import empty_stage, publish, stage_of, writing
 from .plan import Plan
 from .recipe import Recipe
 from .registry import plugins
@@ -113,7 +114,8 @@ def save(
 
     Without `weights` it only points at the base model, `base` or the name the model was loaded from.
     If several processes share the model, all must call this, as they must `save_pretrained`; the first one writes.
-    Raises `ModelError` if the model is not compressed, or has neither weights to save nor a base to name.
+    What is at `path` is the old output or the new one at any moment; other files there stay. Raises `ModelError` if
+    the model is not compressed, or has neither weights to save nor a base to name, `OutputError` if the disk is full.
     """
     compression = compression_of(model)
     if compression is None:
@@ -122,19 +124,31 @@ def save(
 
     base = base_name(base or model.config._name_or_path)
     check_savable(model, weights, base)
-    path = Path(path)
-    if weights:
-        model.save_pretrained(path)  # by all processes: each gives its part
-    if writes_files(model):
-        path.mkdir(parents=True, exist_ok=True)
-        c = compression
-        artifacts.write(path, c.recipe, c.plan, c.state(), c.calibration, c.allocation)
-        write_config(model, path, weights, base)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
+    path, writes = Path(path), writes_files(model)
+    stage = stage_of(path)
+    with writing(path, stage if writes else None):
+        if writes:
+            empty_stage(path)
+        _wait(model)
+        if weights:
+            model.save_pretrained(stage)  # by all processes: each gives its part
+        if writes:
+            c = compression
+            artifacts.write(stage, c.recipe, c.plan, c.state(), c.calibration, c.allocation)
+            write_config(model, stage, weights, base)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+        _wait(model)
+        if writes:
+            publish(path, weights)
+    _wait(model)
+    return path
+
+
+def _wait(model: nn.Module) -> None:
+    """For the other processes that share the model."""
     if is_shared(model):
         torch.distributed.barrier()
-    return path
 
 
 def load(model: nn.Module, path: "str | Path") -> Plan:

@@ -5,7 +5,6 @@ Nothing in it is code. Its sha256 covers the tensors and the metadata, so any ch
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .allocate import Allocation
 from .errors import ArtifactError, TQCompressError
+from .output import replace_file
 from .plan import Plan
 from .recipe import Recipe
 from .shape import LayerShape, ModelShape
@@ -156,17 +156,6 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _short(value: Any) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import attention
 from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
+from .output import replace_file
 from .recipe import Calibration, Recipe
 from .sharding import HeadShard
 from .texts import load_text
@@ -54,7 +55,7 @@ class Statistics:
     source: dict[str, str | int] = field(default_factory=dict)  # text, tokens, length, seed, sha256 of the token ids
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, which appears whole or not at all. Raises `OutputError`."""
         tensors = {
             f"layers.{index}.{side}.{name}": getattr(moments, name).contiguous()
             for index, sides in self.layers.items()
@@ -63,7 +64,8 @@ class Statistics:
             if getattr(moments, name) is not None
         }
         count = str(next(iter(self.layers.values()))["key"].count)
-        save_file(tensors, path, {"format": FORMAT, "count": count, "source": json.dumps(self.source, sort_keys=True)})
+        metadata = {"format": FORMAT, "count": count, "source": json.dumps(self.source, sort_keys=True)}
+        replace_file(Path(path), to_bytes(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":

@@ -27,6 +27,7 @@ from .errors import TQCompressError
 from .evaluate import evaluate, passes
 from .models import ALIASES, default_device, load_model, load_shape
 from .needle import retrieve
+from .output import replace_file
 from .recipe import Recipe, shipped_recipes
 from .records import Record, plain
 from .records import read as read_records
@@ -248,10 +249,9 @@ def report_command(
 ) -> None:
     """Make a page of measurements: KL against bits, bits and errors of every layer and head, tables."""
     records = read_records(results)
-    content = page.render(records)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(content, encoding="utf-8")
-    console.print(f"{out}: {len(records)} measurements, {report.readable_size(len(content.encode()))}")
+    content = page.render(records).encode()
+    replace_file(out, content)
+    console.print(f"{out}: {len(records)} measurements, {report.readable_size(len(content))}")
 
 
 @app.command(name="calibrate")
@@ -274,7 +274,6 @@ def calibrate_command(
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
         taken = session.calibrator(loaded, tokenizer, bar, step).statistics(recipe)
-    out.parent.mkdir(parents=True, exist_ok=True)
     taken.save(out)
     console.print(f"{out}: {len(taken.layers)} layers, {taken.source['tokens']} tokens of {text}")
 

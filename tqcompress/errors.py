@@ -19,3 +19,7 @@ class ArtifactError(TQCompressError):
 
 class PluginError(TQCompressError):
     """A plugin is broken, or two plugins claim the same name."""
+
+
+class OutputError(TQCompressError):
+    """An output cannot be written: a full disk, a missing permission. What was there before is unchanged."""

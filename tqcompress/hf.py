@@ -15,8 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .artifacts import FILE_NAME, replace_file
+from .artifacts import FILE_NAME
 from .errors import ArtifactError, ModelError
+from .output import replace_file
 
 METHOD = "tqcompress"
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")

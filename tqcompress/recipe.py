@@ -5,7 +5,6 @@ allowed. Keys whose implementation is not there yet are part of the schema and r
 """
 
 import re
-from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +24,9 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .strict_yaml import MAX_BYTES, parse_yaml, shown, yaml_path
+
+MAX_ERRORS = 8  # of one recipe that are told
 
 
 class _Model(BaseModel):
@@ -61,11 +63,11 @@ class Keep(_Model):
 
 def _check_version(given: Any) -> Any:
     if type(given) is not int or given != 1:  # True and 1.0 equal 1
-        raise ValueError(f"found {given!r}; allowed: 1")
+        raise ValueError(f"found {shown(given)}; allowed: 1")
     return given
 
 
-_LAYERS = re.compile(r"all|odd|even|-?\d+|\d+-\d+")
+_LAYERS = re.compile(r"all|odd|even|-?[0-9]{1,9}|[0-9]{1,9}-[0-9]{1,9}")
 
 
 def _check_layers(given: Any) -> Any:
@@ -73,7 +75,7 @@ def _check_layers(given: Any) -> Any:
         is_index = isinstance(selector, int) and not isinstance(selector, bool)
         if not is_index and not (isinstance(selector, str) and _LAYERS.fullmatch(selector)):
             raise ValueError(
-                f'found {selector!r}; allowed: an index, a range "a-b", odd, even, all, or a list of these'
+                f'found {shown(selector)}; allowed: an index, a range "a-b", odd, even, all, or a list of these'
             )
     if given == []:
         raise ValueError("found an empty list; allowed: leave the key out to mean all layers")
@@ -83,7 +85,7 @@ def _check_layers(given: Any) -> Any:
 def _check_heads(given: Any) -> Any:
     for head in given if isinstance(given, list) else [given]:
         if not isinstance(head, int) or isinstance(head, bool) or head < 0:
-            raise ValueError(f"found {head!r}; allowed: a KV head's index, 0 or more, or a list of these")
+            raise ValueError(f"found {shown(head)}; allowed: a KV head's index, 0 or more, or a list of these")
     if given == []:
         raise ValueError("found an empty list; allowed: leave the key out to mean all KV heads")
     return given
@@ -199,7 +201,9 @@ class Recipe(_Model):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+            found = error.errors(include_url=False, include_context=False)
+            more = f"; and {len(found) - MAX_ERRORS} more" if len(found) > MAX_ERRORS else ""
+            raise RecipeError(f"{source}: " + "; ".join(map(_explain, found[:MAX_ERRORS])) + more) from None
 
     @classmethod
     def load(cls, recipe: "Recipe | str | Path | dict") -> "Recipe":
@@ -211,51 +215,32 @@ class Recipe(_Model):
             return recipe
         if isinstance(recipe, dict):
             return cls.parse(recipe)
-        path = Path(recipe)
-        shipped = resources.files("tqcompress.recipes") / f"{recipe}.yaml"
-        if path.is_file():
-            text = path.read_bytes()
-        elif path.name == str(recipe) and shipped.is_file():
-            text = shipped.read_bytes()
-        else:
-            raise RecipeError(f"{recipe}: no such file; shipped recipes: {', '.join(shipped_recipes())}")
-        try:
-            data = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
-        return cls.parse(data, str(recipe))
+        return cls.parse(parse_yaml(_read(str(recipe)), str(recipe)), str(recipe))
 
     def dump(self) -> str:
         """The recipe as YAML that loads to an equal recipe."""
         return yaml.safe_dump(self.model_dump(exclude_defaults=True) | {"version": 1}, sort_keys=False)
 
 
+def _read(recipe: str) -> bytes:
+    """The file, or the shipped recipe of that name."""
+    path = Path(recipe)
+    shipped = resources.files("tqcompress.recipes") / f"{recipe}.yaml"
+    try:
+        if path.is_file():
+            if path.stat().st_size > MAX_BYTES:
+                raise RecipeError(f"{recipe}: found {path.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
+            return path.read_bytes()
+        if path.name == recipe and shipped.is_file():
+            return shipped.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{shown(recipe)}: cannot be read: {error.strerror}") from None
+    raise RecipeError(f"{shown(recipe, quotes=False)}: no such file; shipped recipes: {', '.join(shipped_recipes())}")
+
+
 def shipped_recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     return sorted(p.name[:-5] for p in resources.files("tqcompress.recipes").iterdir() if p.name.endswith(".yaml"))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML would silently take the last)."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys others may override
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def yaml_path(*parts: str | int) -> str:
-    """`rules[1].key.bits` from its parts."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return path.lstrip(".")
 
 
 def _explain(error: dict) -> str:
@@ -275,7 +260,7 @@ def _explain(error: dict) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: found {error['input']!r}; allowed: {message}"
+    return f"{where}: found {shown(error['input'])}; allowed: {message}"
 
 
 def _child(model: Any, part: str | int) -> Any:

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .errors import TQCompressError
 from .evaluate import Quality
-from .recipe import yaml_path
+from .strict_yaml import yaml_path
 
 VERSION = 1
 

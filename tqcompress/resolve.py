@@ -12,9 +12,10 @@ from .codec import HeadShape, TensorSpec
 from .errors import RecipeError
 from .plan import SIDES, Group, Plan, footprint
 from .plan import Side as SideName
-from .recipe import Recipe, Rule, Side, yaml_path
+from .recipe import Recipe, Rule, Side
 from .registry import plugins
 from .shape import ModelShape
+from .strict_yaml import shown, yaml_path
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Setting:
             what = (
                 f"unknown key; {spec.quantizer} allows {', '.join(allowed)}"
                 if first["type"] == "extra_forbidden"
-                else f"found {first['input']!r}; allowed: {first['msg'].removeprefix('Input should be ')}"
+                else f"found {shown(first['input'])}; allowed: {first['msg'].removeprefix('Input should be ')}"
             )
             raise RecipeError(f"{source}: {paths.get(key, key)}: {what}") from None
         return spec

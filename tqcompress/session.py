@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .calibrate import Calibrator
 from .compression import Compression
 from .errors import RecipeError, TQCompressError
+from .output import replace_file
 from .recipe import Recipe
 from .texts import load_text
 
@@ -123,5 +124,4 @@ def count(text: str, name: str = "tokens") -> int:
 def write_json(path: Path | None, data: Any) -> None:
     """Write `data`, if there is a file to write it to."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, f"{json.dumps(data, indent=2)}\n".encode())
