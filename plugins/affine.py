@@ -4,8 +4,10 @@ Source: KIVI (arXiv 2402.02750): keys share a minimum and a step along `group` t
 along `group` channels of one token.
 """
 
+from typing import Annotated
+
 import torch
-from pydantic import PositiveInt
+from pydantic import Field as Bounds
 from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, Options, RecipeError, TensorSpec, hookimpl
@@ -15,7 +17,7 @@ from tqcompress.packing import pack, plane_fields, unpack
 class AffineOptions(Options):
     """Recipe keys of `quantizer: affine`."""
 
-    group: PositiveInt = 32
+    group: Annotated[int, Bounds(ge=1, le=1 << 16)] = 32
 
 
 class Affine(Codec):

@@ -210,7 +210,7 @@ def unknown_quantizer(path):
         (add_tensor, "more"),
         (reshape_tensor, r"layers.0.g0.key.codebook.*\[4\].*\[8\]"),
         (retype_tensor, "layers.0.g0.key.codebook.*float64.*float32"),
-        (damage_plan, "plan is malformed"),
+        (damage_plan, "malformed: plan: groups"),
         (lambda path: edit(path.parent, metadata={"allocation": '{"x": 1}'}, rehash=True), "metadata is malformed"),
         (unknown_quantizer, "nobody_has_it"),
         (lambda path: save_file({"a": torch.ones(1)}, path), "not a tqcompress artifact"),

@@ -19,6 +19,7 @@ from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
 from .output import replace_file
 from .recipe import Calibration, Recipe
 from .sharding import HeadShard
+from .strict_yaml import shown
 from .texts import load_text
 
 FORMAT = "tqcompress statistics"
@@ -74,18 +75,34 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path}: not a file of statistics: {error}") from None
+        except (OSError, SafetensorError, AttributeError) as error:
+            raise ArtifactError(f"{path}: not a file of statistics: {' '.join(str(error).split())}") from None
         if metadata.get("format") != FORMAT:
             raise ArtifactError(f"{path}: not a file of statistics; `tqcompress calibrate --out FILE` writes one")
         layers: dict[int, dict[str, Moments]] = {}
         found: dict[tuple[int, str], dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            _, index, side, moment = name.split(".")
-            found.setdefault((int(index), side), {})[moment] = tensor
-        for (index, side), moments in found.items():
-            layers.setdefault(index, {})[side] = Moments(int(metadata["count"]), **moments)
-        return cls(layers, json.loads(metadata["source"]))
+        try:
+            count, source = int(metadata["count"]), json.loads(metadata["source"])
+            for name, tensor in tensors.items():
+                _, index, side, moment = name.split(".")
+                found.setdefault((int(index), side), {})[moment] = tensor
+            for (index, side), moments in found.items():
+                layers.setdefault(index, {})[side] = _checked(Moments(count, **moments), side)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path}: the statistics are malformed: {shown(error)}") from None
+        return cls(layers, source)
+
+
+def _checked(moments: Moments, side: str) -> Moments:
+    """Raise `ValueError` if the shapes do not fit together, or a number is not finite."""
+    heads, dim = moments.mean.shape
+    squares = [moments.covariance] if side == "value" else [moments.covariance, moments.query]
+    if side not in ("key", "value") or any(x is None or x.shape != (heads, dim, dim) for x in squares):
+        raise ValueError(f"{side}: shapes that do not fit together")
+    for tensor in (moments.mean, *squares):
+        if tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{side}: {tensor.dtype} that should be finite float64")
+    return moments
 
 
 class Calibrator:

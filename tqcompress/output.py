@@ -84,7 +84,11 @@ def publish(path: Path, weights: bool) -> None:
             old = stage.with_suffix(".old")
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
-            os.rename(stage, path)
+            try:
+                os.rename(stage, path)
+            except OSError:
+                os.rename(old, path)
+                raise
             stage = old
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -34,6 +34,8 @@ class _Model(BaseModel):
 
 
 Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]  # of tokens
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 
 class Side(BaseModel):
@@ -57,8 +59,8 @@ class Side(BaseModel):
 class Keep(_Model):
     """Tokens that stay exact: the first `sinks` and the last `window`."""
 
-    sinks: NonNegativeInt = 4
-    window: NonNegativeInt = 128
+    sinks: Count = 4
+    window: Count = 128
 
 
 def _check_version(given: Any) -> Any:
@@ -159,7 +161,7 @@ class Calibration(_Model):
     text: Name
     tokens: PositiveInt = 65536
     length: PositiveInt = 2048
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Tier(_Model):

@@ -22,16 +22,14 @@ def parse_yaml(text: bytes, source: str) -> Any:
 
 def yaml_path(*parts: str | int) -> str:
     """`rules[1].key.bits` from its parts."""
-    path = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part if part.isprintable() else ascii(part)}" for part in parts
-    )
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return path.lstrip(".")
 
 
 def shown(value: Any, quotes: bool = True) -> str:
     """A value in an error: at most some 200 characters, whatever it is."""
     try:
-        text = _BRIEF.repr(value) if quotes or not str(value).isprintable() else str(value)
+        text = _BRIEF.repr(value) if quotes else str(value)
     except ValueError:  # an int of more digits than Python is willing to print
         text = f"an int of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:100]} ... {text[-90:]}"

@@ -14,9 +14,10 @@ rotation behind T leaves that as it is and evens out the coordinates, so it is t
 `diagonal` is the best diagonal T: `T_ii = (W_ii / S_ii)^(1/4)`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field as Bounds
 from torch import Tensor
 
 from .calibrate import Moments
@@ -36,7 +37,7 @@ class TransformedOptions(Options):
     """Recipe keys of every quantizer of this kind."""
 
     rotation: Literal["hadamard", "dense", "identity"] = "hadamard"
-    seed: int = 0
+    seed: Annotated[int, Bounds(ge=-(1 << 63), lt=1 << 63)] = 0
     center: bool = False
     balance: Literal["none", "diagonal", "key"] = "none"
     scale: Literal["fp16", "log8"] = "fp16"
