@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
+from transformers.utils import logging
 
 import tqcompress
 from tqcompress import OutputError, artifacts, output
 from tqcompress.calibrate import Moments, Statistics
 
-KILLS = 40
+KILLS = 30
 RECIPES = {bits: {"version": 1, "name": f"b{bits}", "key": {"bits": bits}, "value": {"bits": bits}} for bits in (2, 4)}
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork and rlimits as Linux has them")
 
@@ -27,10 +28,12 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs f
 @pytest.fixture(scope="module")
 def models():
     """Two models, compressed differently, whose weights differ."""
+    logging.disable_progress_bar()  # or a killed child could take the lock along that all progress bars share
     made = {bits: tiny_model("llama", seed=bits) for bits in RECIPES}
     for bits, model in made.items():
         tqcompress.apply(model, RECIPES[bits])
-    return made
+    yield made
+    logging.enable_progress_bar()
 
 
 def save(models, bits: int, path: Path, weights: bool) -> None:
@@ -140,7 +143,7 @@ def test_a_full_disk_is_told_and_changes_nothing(models, tmp_path, weights):
     save(models, 2, path, weights)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (0, 100, 1000, 4000):
+    for limit in (0, 100, 1000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(OutputError, match=r"out: cannot be written: .*unchanged"):
