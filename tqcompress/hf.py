@@ -92,6 +92,8 @@ class TQCompressPointerModel:
         kwargs.pop("adapter_kwargs", None)
         kwargs.pop("_from_auto", None)
         artifact = _find_artifact(path, where)
+        if not isinstance(config.base_model_name_or_path, str):
+            raise ArtifactError(f"{path}: config.json names no base_model_name_or_path; save it with tqcompress.save")
         base = find_model(config.base_model_name_or_path)
         kwargs.setdefault("dtype", config.dtype)
         model = AutoModelForCausalLM.from_pretrained(base.path, *args, **base.kwargs, **kwargs)

@@ -73,7 +73,8 @@ def _read(path: Path) -> list[Record]:
         version = item.get("version")
         if version != VERSION or type(version) is not int:
             raise TQCompressError(
-                f"{path}: [{i}].version: found {shown(version)}; this reads {VERSION}: run eval again, or upgrade"
+                f"{path}: [{i}].version: found {shown(version)}; this tqcompress reads {VERSION}: "
+                "run eval again, or upgrade"
             )
     try:
         records = TypeAdapter(list[Record]).validate_json(content)
