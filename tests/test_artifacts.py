@@ -263,9 +263,9 @@ def test_a_pointer_to_a_missing_base_says_so(saved, tmp_path):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("base", [None, 3, ["a"]])
-def test_a_pointer_to_nothing_says_so(saved, base):
-    config = json.loads((saved / "config.json").read_text()) | {"base_model_name_or_path": base}
+@pytest.mark.parametrize("named", [None, 3, ["a"]])
+def test_a_pointer_to_nothing_says_so(saved, named):
+    config = json.loads((saved / "config.json").read_text()) | {"base_model_name_or_path": named}
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="names no base_model_name_or_path"):
         AutoModelForCausalLM.from_pretrained(saved)
