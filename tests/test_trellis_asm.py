@@ -24,14 +24,16 @@ CASES = [
         (1024, 3),
         (1024, 4),
     ]
-    for per, copies in [(1, 1), (1, 32), (2, 1), (2, 4), (4, 1), (4, 2)]
+    for per, copies in [(1, 1), (1, 32), (2, 1), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2)]
     if states << (per - 1) * bits <= 1 << 15
 ] + [(16, 2, None, None), (16, 3, None, None)]  # in registers
 
 
 def strings(states, bits, count, seed, dim):
     """Rows of bytes, and the integer values of their states `[count, dim]`."""
-    codes = torch.randint(256, (count, dim // 8 * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        256, (count, dim // 8 * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     table = shipped_table(states, bits)
     whole = (table / table.abs().max() * 127).round().int()
     return codes, whole[windows(codes, bits, dim, states)].tolist()

@@ -13,7 +13,7 @@ from .ring import BLOCK, Ring
 from .storage import units
 from .viterbi import viterbi_kernel
 
-SEAM = 16  # lengths of the window on either side of the seam that the first pass looks at
+SEAM = 8  # lengths of the window on either side of the seam that the first pass looks at
 NOTES = 4  # bits of symbols that costs carry along, if one symbol has no more
 CHUNK = 1 << 17  # vectors that are rotated before their paths are searched
 IN_REGISTERS, MOST_OVERLAPS = 128, 256  # costs of a vector that a lane's registers hold, and with some of them spilled
@@ -30,7 +30,9 @@ class TrellisEncoder(NamedTuple):
         point: the bit of a cost that is worth `step**2`, so vectors are rounded to `step / 2**(point - group * bits)`.
         lowest, far: costs of the right and the wrong beginnings of paths.
         group: steps whose symbols a cost carries along.
+        seam: as SEAM.
         ptx: whether costs are compared by PTX.
+        products: states of each fan whose constant the multiplier adds, with PTX.
     """
 
     unit: Encoder
@@ -44,7 +46,9 @@ class TrellisEncoder(NamedTuple):
     lowest: int
     far: int
     group: int
+    seam: int
     ptx: bool
+    products: int
 
     def launch(
         self, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
@@ -93,13 +97,14 @@ class TrellisEncoder(NamedTuple):
             vectors,
             tiles,
             self.step,
+            1,
             TABLE=self.table,
             BITS=self.bits,
             POINT=self.point,
             LOWEST=self.lowest,
             FAR=self.far,
             GROUP=self.group,
-            REACH=min(dim // 2, SEAM * -(-window // self.bits)),
+            REACH=min(dim // 2, -(-self.seam * -(-window // self.bits) // self.group) * self.group),
             DIM=dim,
             LOG_SCALE=self.log_scale,
             CORRECT=self.norm_correction,
@@ -108,6 +113,7 @@ class TrellisEncoder(NamedTuple):
             BLOCK=LANES,
             ROOM=0 if ring is None else ring.room,
             PTX=self.ptx,
+            PRODUCTS=self.products,
             **({} if INTERPRETED else {"num_warps": LANES // 32}),
         )
 
@@ -127,7 +133,7 @@ def obstacle(states: int, bits: int) -> str | None:
 
 def trellis_encoder(
     into: Tensor, mean: Tensor | None, table: Tensor, step: float, bits: int, scale_format: str,
-    norm_correction: bool = True, group: int | None = None,
+    norm_correction: bool = True, group: int | None = None, seam: int = SEAM,
 ) -> TrellisEncoder:  # fmt: skip
     """Prepare a `TrellisEncoder`; reads values on the host, so not while a CUDA graph is captured.
 
@@ -151,7 +157,7 @@ def trellis_encoder(
     return TrellisEncoder(
         unit, whole.to(table.device, torch.float32), tuple(whole.int().tolist()), step, bits, scale_format == "log8",
         norm_correction, point, -(2**31) + (math.ceil(lowest) << point), math.ceil(far) << point, group,
-        not INTERPRETED and torch.version.hip is None,
+        seam, not INTERPRETED and torch.version.hip is None, 0,
     )  # fmt: skip
 
 

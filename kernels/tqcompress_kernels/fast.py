@@ -73,7 +73,7 @@ def trellis_lookup(
 
     Args:
         dim: head_dim, which decides how much of a row a lane reads at once.
-        per: coordinates that are looked up at once, 1, 2 or 4.
+        per: coordinates that are looked up at once, 1 to 4.
         copies: of the table, a power of two up to 32; 0 for one in registers, where there can be one.
 
     What is None is chosen: registers where they can be, else what costs least and fits into `TABLE_BYTES`.
@@ -85,7 +85,9 @@ def trellis_lookup(
     if halves and not per and not copies:
         kind = trellis_asm.Kind(bits, window, 1, 0, codes, "tq_trellis")
         return Lookup(kind.text, _for_lanes(_words(halves[0]) + _words(halves[1])).to(levels.device), step)
-    kinds = [trellis_asm.Kind(bits, window, n, 1, codes, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
+    kinds = [
+        trellis_asm.Kind(bits, window, n, 1, codes, "tq_trellis") for n in ((1, 2, 3, 4) if per is None else (per,))
+    ]
     kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
     kind = min((kind for kind in kinds if kind.nbytes <= TABLE_BYTES or per), key=_cost)
     entry = torch.arange(kind.entries)
@@ -259,14 +261,16 @@ class FastSplit:
         if sum(tables.values()) + stages * tile * sum(row) > STATIC_BYTES:
             stages = 1
         rings = [stages * tile * row[0], stages * tile * row[1]]
-        used = sum(tables.values()) + sum(rings) + stages * tile * (key.scale.element_size() + value.scale.element_size())
+        used = (
+            sum(tables.values()) + sum(rings) + stages * tile * (key.scale.element_size() + value.scale.element_size())
+        )
         if overlap.overlaps(key.scale.device):
             rings[0 if self.key.trellis else 1] += max(0, _room(key.scale.device) - used) // 16 * 16
         return stages, tuple(rings)
 
 
 def _piece(side: Packed, found: Lookup, dim: int) -> int:
-    """Bytes of a row of strings that are copied at once: what addresses of rows are multiples of; 0 for scalar codes."""
+    """Bytes of a row of strings that are copied at once: they and addresses are multiples of it; 0: scalar codes."""
     codes = side.planes[0]
     return math.gcd(16, dim * side.bits // 8, codes.data_ptr(), *codes.stride()[:3]) if found.trellis else 0
 
