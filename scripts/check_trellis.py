@@ -33,11 +33,11 @@ LOOKUPS = [
 # The same codes with other rings and tiles.
 RINGS = [
     ("T16.2", REGISTERS, REGISTERS, {"stages": 3}), ("T16.2", (4, 4), REGISTERS, {"stages": 3}),
-    ("T16.3", REGISTERS, REGISTERS, {"stages": 3}), ("T16.3", (2, 32), (2, 32), {"tile": 32}),
+    ("T16.3", REGISTERS, REGISTERS, {"stages": 3}), ("T16.3", (2, 32), (2, 32), {"tile": 64}),
     ("T256.2", (3, 1), (3, 1), {"tile": 32}), ("T256.2", (2, 1), (2, 1), {"stages": 3}),
     ("T256.3", (2, 1), (2, 1), {"stages": 3}), ("T256.3", (2, 1), (2, 1), {"tile": 32}),
     ("T256.3", (2, 1), (2, 1), {"tile": 32, "stages": 4}), ("T256.3", (2, 1), (2, 1), {"stages": 1}),
-    ("T1024.3", (2, 1), (2, 1), {"tile": 32}),
+    ("T64.3", (3, 1), (3, 1), {"tile": 64}), ("T1024.3", (2, 1), (2, 1), {"tile": 64}),
 ]  # fmt: skip
 # Of the encoder, what differs from the default.
 ENCODERS = [

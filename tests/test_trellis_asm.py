@@ -77,7 +77,7 @@ def test_keys_come_out_in_their_order(states, bits, per, copies, dim):
     kind, execute = built(states, bits, per, copies, "key", dim)
     codes, values = strings(states, bits, 1, states + bits, dim)
     order = trellis_asm.key_coordinates(kind.text)[:: 1 if kind.copies else 2]
-    assert sorted(sum(order, [])) == list(range(dim // 4))
+    assert sorted(i for four in order for i in four) == list(range(dim // 4))
     for quarter in range(4):
         words = words_of(codes[0], dim // 4 * bits * quarter, kind.words("key"))
         out = execute([x for word in words for x in [word] * 4])

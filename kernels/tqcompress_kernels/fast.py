@@ -194,11 +194,11 @@ class FastSplit:
         page = 0 if block_table is None else key.planes[0].shape[2]
         for first in range(0, columns, at_once):
             count = min(at_once, columns - first)
-            small = dim > 128 or count > 8 or page % 64
+            size = tile or self._tile(key, value, count, page, dim, stages)
             self._launch(
                 rotated[:, :, first:], None if bias is None else bias[:, :, first:], key, value,
                 partial[:, :, :, first:], lse[:, :, :, first:], count, tokens, lengths, mask, block_table, page,
-                scaling, softcap, tile or (32 if small else 64), stages,
+                scaling, softcap, size, stages,
             )  # fmt: skip
 
     def _launch(
@@ -249,6 +249,13 @@ class FastSplit:
         side = self.key if key else self.value
         return dim if side.trellis else padded(dim, side.bits, key)
 
+    def _used(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> list[int]:
+        """Bytes of shared memory, where one side has trellis codes: of keys, of values, of scales and of tables."""
+        tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
+        rows = [self._padded(dim, side is self.key) * side.bits // 8 for side in (self.key, self.value)]
+        rows.append(key.scale.element_size() + value.scale.element_size())
+        return [stages * tile * row for row in rows] + [sum(tables.values())]
+
     def _rings(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> tuple[int, tuple[int, int]]:
         """How many stages there is room for, and the bytes of the arrays of strings of keys and of values.
 
@@ -256,17 +263,21 @@ class FastSplit:
         """
         if not (self.key.trellis or self.value.trellis):
             return stages, (0, 0)
-        tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
-        row = [self._padded(dim, side is self.key) * side.bits // 8 for side in (self.key, self.value)]
-        if sum(tables.values()) + stages * tile * sum(row) > STATIC_BYTES:
+        if sum(self._used(key, value, dim, tile, stages)) > STATIC_BYTES:
             stages = 1
-        rings = [stages * tile * row[0], stages * tile * row[1]]
-        used = (
-            sum(tables.values()) + sum(rings) + stages * tile * (key.scale.element_size() + value.scale.element_size())
-        )
-        if overlap.overlaps(key.scale.device):
-            rings[0 if self.key.trellis else 1] += max(0, _room(key.scale.device) - used) // 16 * 16
+        used = self._used(key, value, dim, tile, stages)
+        rings, device = used[:2], key.scale.device
+        if overlap.overlaps(device):
+            rings[0 if self.key.trellis else 1] += max(0, _room(device) - sum(used)) // 16 * 16
         return stages, tuple(rings)
+
+    def _tile(self, key: Packed, value: Packed, columns: int, page: int, dim: int, stages: int) -> int:
+        """Tokens of a tile: 64 if registers, pages and shared memory allow for as many."""
+        if dim > 128 or columns > 8 or page % 64:
+            return 32
+        if not (self.key.trellis or self.value.trellis) or key.scale.device.type != "cuda":
+            return 64
+        return 64 if sum(self._used(key, value, dim, 64, stages)) <= _room(key.scale.device) else 32
 
 
 def _piece(side: Packed, found: Lookup, dim: int) -> int:
