@@ -29,8 +29,8 @@ DIM, HEADS, TOKENS = 128, 8, 1 << 17
 PREFILL_SECONDS, PREFILL_VECTORS = 1.315, 32 * 2 * 8 * 32768  # 32K tokens: 32 layers, keys and values, 8 KV heads
 SHAPES = [(8, 32, 8, 128, 32768), (1, 32, 8, 128, 131072)]
 NARROW = (8, 32, 8, 64, 32768)
-# Of the encoder, numbers of programs a multiprocessor and vectors of one.
-LAUNCHES = [{"programs": 4}, {"programs": 8}, {"programs": 16}, {"programs": 24}, {"lanes": 64, "programs": 6}]
+# Of the encoder, numbers of programs a multiprocessor.
+LAUNCHES = [{"programs": 4}, {"programs": 8}, {"programs": 16}, {"programs": 24}]
 
 
 def check(processes: int) -> int:
@@ -85,12 +85,21 @@ def side_of(shape: tuple, kind: str):
     return as_packed(kind, random_codes(kind, (batch, kv_heads, tokens), dim), scale)
 
 
-def bench_decode(shape: tuple, kind: str, bf16: float, limit: float, key=AUTO, value=AUTO, how=None, programs=8):
-    """Print the microseconds of a step with keys and values of one kind; see `check_trellis.LOOKUPS`."""
+def bench_decode(shape: tuple, kind: str, bf16: float, limit: float, key=AUTO, value=AUTO, how=None, programs=None):
+    """Print the microseconds of a step with keys and values of one kind; see `check_trellis.LOOKUPS`.
+
+    `programs`: of a multiprocessor, 8 or as many as its shared memory holds if None.
+    """
     batch, heads, kv_heads, dim, tokens = shape
     sides = side_of(shape, kind), side_of(shape, kind)
     read = fast.FastSplit(*(lookup_of(side, *one) for side, one in zip(sides, (key, value), strict=True)))
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+    if programs is None and read.key.trellis:
+        tile, stages = (how or {}).get("tile"), (how or {}).get("stages", 2)
+        tile = tile or read._tile(*sides, heads // kv_heads, 0, dim, stages)
+        total = torch.cuda.get_device_properties(query.device).shared_memory_per_multiprocessor
+        programs = min(8, total // (sum(read._used(*sides, dim, tile, stages)) + fast.RESERVED))
+    programs = programs or 8
     basis, none = torch.eye(dim, device="cuda")[None], query.new_empty(batch, kv_heads, 0, dim)
     before, tuning.PROGRAMS = tuning.PROGRAMS, programs
     fast._room.cache_clear()
@@ -168,7 +177,7 @@ def main() -> None:
     bench_decodes(SHAPES[0], limit, only, LOOKUPS + RINGS, programs)
     chosen = [(f"T{states}.{bits}", AUTO, AUTO, {}) for states in (16, 64, 256, 1024) for bits in (2, 3)]
     bench_decodes(SHAPES[1], limit, only, chosen)
-    bench_decodes(NARROW, limit, only, chosen)
+    bench_decodes(NARROW, limit, only, [(kind, AUTO, AUTO, {}) for kind in ("T16.2", "T64.3", "T256.2", "T256.3")])
     print("\ndecoding into a workspace")
     for kind in ("4", "T16.2", "T256.3", "T1024.2"):
         bench_dequantize(kind)

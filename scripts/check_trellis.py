@@ -41,16 +41,16 @@ RINGS = [
 ]  # fmt: skip
 # Of the encoder, what differs from the default.
 ENCODERS = [
-    ("T256.2", {}), ("T256.2", {"seam": 16}), ("T256.2", {"seam": 6}), ("T256.2", {"group": 1}),
+    ("T256.2", {}), ("T256.2", {"reach": 64}), ("T256.2", {"reach": 24}), ("T256.2", {"group": 1}),
     ("T256.2", {"products": 1}), ("T256.2", {"products": 2}), ("T256.2", {"products": 4}),
-    ("T256.3", {}), ("T256.3", {"seam": 16}), ("T256.3", {"seam": 6}),
+    ("T256.3", {}), ("T256.3", {"reach": 48}), ("T256.3", {"reach": 24}),
     ("T256.3", {"products": 1}), ("T256.3", {"products": 3}), ("T256.3", {"products": 4}), ("T256.3", {"products": 6}),
 ]  # fmt: skip
 
 
 def encoder_of(into, table, step: float, bits: int, scale_format: str, options: dict):
     """An encoder with some options of `trellis_encoder` and some fields replaced."""
-    made = {name: options[name] for name in ("group", "seam") if name in options}
+    made = {name: options[name] for name in ("group", "reach") if name in options}
     by = encode_trellis.trellis_encoder(into, None, table, step, bits, scale_format, **made)
     return by._replace(**{name: options[name] for name in ("ptx", "products") if name in options})
 
@@ -73,7 +73,7 @@ def trellis_encode_case(kind: str, dim: int, dtype: str, inputs: str, scale_form
         return float("inf")
     y = (x.double() @ into.double()).flatten(0, 2)
     unit = y * dim**0.5 / y.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    want = trellis_reference.pack(trellis_reference.search(unit, table, bits, by.seam), bits)
+    want = trellis_reference.pack(trellis_reference.search(unit, table, bits, by.reach), bits)
     got, window = codes[:, :, 3 : tokens + 3].flatten(0, 2), states.bit_length() - 1
     values = [table.double()[reference.states(c, bits, window, dim)] for c in (got, want)]
     errors = [(v - unit).square().sum(-1) for v in values]

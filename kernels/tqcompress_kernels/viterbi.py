@@ -39,9 +39,8 @@ def _text(table, bits, point, r, overlap, products):
         target = "path" if j else "$0"
         lines.append(f"mad.lo.s32 {target}, $1, {value}, ${j + 2};")
         own = _own_cost(value, point, j << bits * r)
-        lines.append(
-            f"mad.lo.s32 {target}, {one}, {own}, {target};" if j < products else f"add.s32 {target}, {target}, {own};"
-        )
+        add = f"mad.lo.s32 {target}, {one}, {own}" if j < products else f"add.s32 {target}, {own}"
+        lines.append(f"{add}, {target};")
         if j:
             lines.append("min.s32 $0, path, $0;")
     return "{ " + " ".join(lines) + " }"
@@ -173,8 +172,8 @@ def viterbi_kernel(
             costs += (tl.full([BLOCK], LOWEST, tl.int32),)
         costs = _forward(p_x + i_v, costs, DIM - REACH, DIM, p_notes, count, m_v, one, TABLE, BITS, POINT, GROUP, False,
                          DIM, BLOCK, PTX, PRODUCTS)  # fmt: skip
-        costs = _forward(p_x + i_v, costs, DIM, DIM + REACH, p_notes, count, m_v, one, TABLE, BITS, POINT, GROUP, True, DIM,
-                         BLOCK, PTX, PRODUCTS)  # fmt: skip
+        costs = _forward(p_x + i_v, costs, DIM, DIM + REACH, p_notes, count, m_v, one, TABLE, BITS, POINT, GROUP, True,
+                         DIM, BLOCK, PTX, PRODUCTS)  # fmt: skip
         least = costs[0]
         overlap = tl.zeros([BLOCK], tl.int32)
         for o in tl.static_range(1, OVERLAPS):
