@@ -106,7 +106,9 @@ class Side:
         from tqcompress_kernels import fast
 
         if self.window:
-            return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits, self.form.into.shape[-1])
+            form, shape = self.form, self.codec.shape
+            of_keys = shape.side == "key"
+            return fast.trellis_lookup(form.levels, form.step, form.bits, shape.head_dim, registers=of_keys)
         return fast.lookup(self.form.levels, torch.device("cpu"))
 
     @property

@@ -47,7 +47,7 @@ def check(processes: int) -> int:
     return bad
 
 
-def bench_encode(kind: str, programs: int = encode_trellis.PROGRAMS, lanes: int = encode_trellis.LANES, **options):
+def bench_encode(kind: str, programs: int | None = None, **options):
     """Print vectors a second of one encoder."""
     (table, step), (_, bits) = table_of(kind), parse(kind)
     hadamard = torch.ones(1, 1, device="cuda")
@@ -57,23 +57,17 @@ def bench_encode(kind: str, programs: int = encode_trellis.PROGRAMS, lanes: int 
     x = torch.randn(1, TOKENS, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     codes = torch.zeros(1, HEADS, TOKENS, DIM * bits // 8, dtype=torch.uint8, device="cuda")
     scale = torch.zeros(1, HEADS, TOKENS, 1, dtype=torch.float16, device="cuda")
-    encode_trellis.PROGRAMS, encode_trellis.LANES, before = programs, lanes, vars(encode_trellis).copy()
-    encode_trellis._programs.cache_clear()
+    chosen = encode_trellis._programs
+    if programs:
+        encode_trellis._programs = lambda device, _: programs * chosen(device, 1) // encode_trellis.MORE_PROGRAMS
     try:
         ms = triton.testing.do_bench(lambda: by.launch(x, (codes,), scale, 0, None), 5, 60, return_mode="median")
     finally:
-        encode_trellis.PROGRAMS, encode_trellis.LANES = before["PROGRAMS"], before["LANES"]
-        encode_trellis._programs.cache_clear()
+        encode_trellis._programs = chosen
     rate = TOKENS * HEADS / ms * 1e3
     share = PREFILL_VECTORS / rate / PREFILL_SECONDS
-    what = options_text(programs, lanes, options)
-    print(f"  {kind:8} {rate / 1e6:8.1f} M vectors/s  {share:6.1%} of the prompt  {what}", flush=True)
-
-
-def options_text(programs: int, lanes: int, options: dict) -> str:
-    """What differs from the default."""
-    changed = {"programs": programs} if programs != encode_trellis.PROGRAMS else {}
-    return str(changed | ({"lanes": lanes} if lanes != encode_trellis.LANES else {}) | options or "")
+    what = ({"programs": programs} if programs else {}) | options
+    print(f"  {kind:8} {rate / 1e6:8.1f} M vectors/s  {share:6.1%} of the prompt  {what or ''}", flush=True)
 
 
 def side_of(shape: tuple, kind: str):
@@ -92,7 +86,7 @@ def bench_decode(shape: tuple, kind: str, bf16: float, limit: float, key=AUTO, v
     """
     batch, heads, kv_heads, dim, tokens = shape
     sides = side_of(shape, kind), side_of(shape, kind)
-    read = fast.FastSplit(*(lookup_of(side, *one) for side, one in zip(sides, (key, value), strict=True)))
+    read = fast.FastSplit(lookup_of(sides[0], *key), lookup_of(sides[1], *value, of_keys=False))
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     if programs is None and read.key.trellis:
         tile, stages = (how or {}).get("tile"), (how or {}).get("stages", 2)

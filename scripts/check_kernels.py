@@ -94,7 +94,7 @@ def decode_case(
     rest = {"lengths": lengths, "mask": mask, "block_table": table, "softcap": softcap}
     split = plain.split
     if kernel == "int8":
-        read = fast.FastSplit(*(lookup_of(side, *one) for side, one in zip((k, v), lookups, strict=True)))
+        read = fast.FastSplit(lookup_of(k, *lookups[0]), lookup_of(v, *lookups[1], of_keys=False))
         split = lambda *a: read(*a, **(how or {}))  # noqa: E731
     arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), *means, sinks, recent, tokens, dim**-0.5)
     junk = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)]

@@ -13,12 +13,12 @@ from .ring import BLOCK, Ring
 from .storage import units
 from .viterbi import viterbi_kernel
 
-SEAM, FEWEST = 8, 32  # lengths of the window and coordinates on either side of the seam that the first pass looks at
 NOTES = 4  # bits of symbols that costs carry along, if one symbol has no more
 CHUNK = 1 << 17  # vectors that are rotated before their paths are searched
 IN_REGISTERS, MOST_OVERLAPS = 128, 256  # costs of a vector that a lane's registers hold, and with some of them spilled
 LANES = 32  # vectors of a program
-PROGRAMS = 12  # a multiprocessor
+PROGRAMS = 12  # a multiprocessor, as many as registers allow with 64 overlaps; of half as many overlaps:
+MORE_PROGRAMS = 16
 
 
 class TrellisEncoder(NamedTuple):
@@ -32,7 +32,6 @@ class TrellisEncoder(NamedTuple):
         group: steps whose symbols a cost carries along.
         reach: coordinates on either side of the seam that the first pass looks at.
         ptx: whether costs are compared by PTX.
-        products: states of each fan whose constant the multiplier adds, with PTX.
     """
 
     unit: Encoder
@@ -48,7 +47,6 @@ class TrellisEncoder(NamedTuple):
     group: int
     reach: int
     ptx: bool
-    products: int
 
     def launch(
         self, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
@@ -66,8 +64,8 @@ class TrellisEncoder(NamedTuple):
         batch, heads, tokens, dim = x.shape
         vectors = batch * heads * tokens
         tiles = -(-vectors // LANES)
-        programs = min(tiles, _programs(x.device))
         overlaps, note = len(self.table) >> self.bits, self.bits * self.group
+        programs = min(tiles, _programs(x.device, overlaps))
         words = -(-overlaps // (32 // note))
         unit = memory.new_empty(1, 1, dim, vectors, dtype=torch.int32)
         norms = memory.new_empty(1, 1, vectors, 1, dtype=torch.float32)
@@ -96,7 +94,6 @@ class TrellisEncoder(NamedTuple):
             vectors,
             tiles,
             self.step,
-            1,
             TABLE=self.table,
             BITS=self.bits,
             POINT=self.point,
@@ -112,15 +109,15 @@ class TrellisEncoder(NamedTuple):
             BLOCK=LANES,
             ROOM=0 if ring is None else ring.room,
             PTX=self.ptx,
-            PRODUCTS=self.products,
             **({} if INTERPRETED else {"num_warps": LANES // 32}),
         )
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, overlaps: int) -> int:
     """As many as run at once."""
-    return 4 if INTERPRETED else PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    each = PROGRAMS if overlaps > 32 else MORE_PROGRAMS
+    return 4 if INTERPRETED else each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def obstacle(states: int, bits: int) -> str | None:
@@ -157,8 +154,8 @@ def trellis_encoder(
     return TrellisEncoder(
         unit, whole.to(table.device, torch.float32), tuple(whole.int().tolist()), step, bits, scale_format == "log8",
         norm_correction, point, -(2**31) + (math.ceil(lowest) << point), math.ceil(far) << point, group,
-        reach or min(dim // 2, max(FEWEST, SEAM * -(-window // bits))),
-        not INTERPRETED and torch.version.hip is None, 0,
+        reach or min(dim // 2, max(24, 3 * window, 6 * -(-window // bits))),
+        not INTERPRETED and torch.version.hip is None,
     )  # fmt: skip
 
 

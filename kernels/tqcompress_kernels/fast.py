@@ -67,22 +67,25 @@ def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
 
 
 def trellis_lookup(
-    levels: Tensor, step: float, bits: int, dim: int = 128, per: int | None = None, copies: int | None = None
-) -> Lookup:
+    levels: Tensor, step: float, bits: int, dim: int = 128, per: int | None = None, copies: int | None = None,
+    registers: bool = True,
+) -> Lookup:  # fmt: skip
     """The lookup for trellis codes whose states have these `levels` `[2**window]`, integers times `step`.
 
     Args:
         dim: head_dim, which decides how much of a row a lane reads at once.
         per: coordinates that are looked up at once, 1 to 4.
         copies: of the table, a power of two up to 32; 0 for one in registers, where there can be one.
+        registers: whether they are chosen, where they can be. Best is the table of keys there, which keeps the integer
+            unit busy, and that of values in shared memory, which is another.
 
-    What is None is chosen: registers where they can be, else what costs least and fits into `TABLE_BYTES`.
+    What is None is chosen; of tables in shared memory the one that costs least and fits into `TABLE_BYTES`.
     """
     window = len(levels).bit_length() - 1
     codes = trellis_asm.CODES if dim % (4 * trellis_asm.CODES) == 0 else trellis_asm.CODES // 2
     whole = (levels.double().cpu() / step).round().to(torch.int64)
     halves = _halves(whole.tolist()) if window == 4 and bits in (2, 3) and codes == trellis_asm.CODES else None
-    if halves and not per and not copies:
+    if halves and not per and (copies == 0 or (copies is None and registers)):
         kind = trellis_asm.Kind(bits, window, 1, 0, codes, "tq_trellis")
         return Lookup(kind.text, _for_lanes(_words(halves[0]) + _words(halves[1])).to(levels.device), step)
     kinds = [
