@@ -149,7 +149,7 @@ def test_given_bits_stay_and_count():
         ({"rules": [{"key": {"bits": 8}}]}, {"bits": 4}, "found 4; the least that budget.choices allow is 5.500"),
         ({}, {"choices": [2]}, "recipe: budget.choices: found [2]; allowed: List should have at least 2 items"),
         ({}, {"choices": [2, 2]}, "recipe: budget.choices: found [2, 2]; allowed: each of them once"),
-        ({}, {"choices": [2, 2.5]}, "recipe: budget.choices[1]: found 2.5"),
+        ({}, {"choices": [2, 2.3]}, "mine: budget.choices: found 2.3; head_dim 16 allows 2, 3"),
         ({}, {"over": ["tokens"]}, "recipe: budget.over[0]: found 'tokens'; allowed: 'layers', 'heads' or 'sides'"),
         ({}, {"over": []}, "recipe: budget.over: found []; allowed: layers, sides, or both"),
         ({}, {"over": ["heads", "sides"]}, "heads only together with layers"),
