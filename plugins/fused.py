@@ -41,6 +41,8 @@ def _obstacle(*sides: "Side") -> str | None:
             return f"the levels of {codec.name} {codec.shape.side}s are not symmetric about zero"
         if codec.shape.head_dim % 8 or codec.shape.head_dim > 256:
             return f"head_dim {codec.shape.head_dim} is not a multiple of 8 up to 256"
+        if not side.window and form.wide:
+            return f"{codec.name} {codec.shape.side}s have two parts"
         if side.window:
             from tqcompress_kernels.encode_trellis import obstacle
 

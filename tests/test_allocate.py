@@ -148,7 +148,7 @@ def test_given_bits_stay_and_count():
         ({"key": {"bits": 2}, "value": {"bits": 2}}, {}, "mine: budget: all bits are given; leave out"),
         ({"rules": [{"key": {"bits": 8}}]}, {"bits": 4}, "found 4; the least that budget.choices allow is 5.500"),
         ({}, {"choices": [2]}, "recipe: budget.choices: found [2]; allowed: List should have at least 2 items"),
-        ({}, {"choices": [2, 2]}, "recipe: budget.choices: found [2, 2]; allowed: each of them once"),
+        ({}, {"choices": [2, 2]}, "recipe: budget.choices: found [2.0, 2.0]; allowed: each of them once"),
         ({}, {"choices": [2, 2.3]}, "mine: budget.choices: found 2.3; head_dim 16 allows 2, 3"),
         ({}, {"over": ["tokens"]}, "recipe: budget.over[0]: found 'tokens'; allowed: 'layers', 'heads' or 'sides'"),
         ({}, {"over": []}, "recipe: budget.over: found []; allowed: layers, sides, or both"),
