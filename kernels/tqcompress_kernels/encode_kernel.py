@@ -10,6 +10,7 @@ from .overlap import let_next_start, wait_for_previous
 from .quantize import TINY, levels_of, quantized
 from .ring import due_block
 from .storage import offset_of, shuffled, store_words
+from .tiles import widths
 
 
 @triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "batch", "tokens", "start", "tiles", "per"])
@@ -39,11 +40,14 @@ def encode_kernel(
     DIM: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    FIRST: tl.constexpr,  # of each part of the coordinates: where it begins and ends,
+    END: tl.constexpr,
+    BITS: tl.constexpr,  # the bits of its codes,
+    METHOD: tl.constexpr,  # how levels are found,
+    PLANE: tl.constexpr,  # its first plane,
+    TABLE: tl.constexpr,  # and where its table begins
     LOG_SCALE: tl.constexpr,
     CORRECT: tl.constexpr,
-    METHOD: tl.constexpr,
     FLAT: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,  # 0 without slots
     X_UNIT: tl.constexpr,
@@ -73,7 +77,9 @@ def encode_kernel(
             for i in range(batch):
                 tl.store(p_state + 2 + i, packed)
     matrix += head * head_stride
-    levels = levels_of(table, BITS, METHOD)
+    levels = ()
+    for p in tl.static_range(len(BITS)):
+        levels += (levels_of(table + TABLE[p], BITS[p], METHOD[p]),)
     if RESIDENT:
         held = _terms_of_matrix(matrix, 0, SIZE, SIZE, M_TERMS, term_stride, DOT)
     for tile in tl.range(first, tl.minimum(first + per, tiles)):
@@ -101,34 +107,68 @@ def encode_kernel(
         y = tl.permute(tl.reshape(y, (BLOCK, LANES // 4, SIZE // LANES // 2, 4, 2)), (0, 1, 3, 2, 4))
         y = tl.reshape(y, (BLOCK, LANES, SIZE // LANES) if BLOCK > 1 else (1, SIZE // 8, 8))
         rms = tl.sqrt(tl.sum(tl.sum(y * y, 2), 1, keep_dims=True) / DIM)
-        if METHOD == "unit":
+        if METHOD[0] == "unit":
             vector = (page * tl.num_programs(1) + head) * tokens + row + lane
             count = tl.num_programs(1).to(tl.int64) * batch * tokens
-            unit = y * (levels[0] / tl.maximum(rms, TINY))[:, :, None]
+            unit = y * (levels[0][0] / tl.maximum(rms, TINY))[:, :, None]
             _store_units(planes[0] + vector, count, unit, seen, DIM)
             tl.store(scale + vector, tl.sum(rms, 1) * (factor * DIM**0.5), mask=seen)
         else:
-            words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
+            words, energy = (), tl.zeros((BLOCK,), tl.float32)
+            for p in tl.static_range(len(BITS)):
+                part, square = _quantized_part(
+                    y, rms, levels[p], table + TABLE[p], FIRST[p], END[p], BITS[p], METHOD[p], CORRECT, DIM
+                )
+                words += (part,)
+                energy += square
+            stored = tl.sum(rms, 1) * factor
             if CORRECT:
-                stored = tl.sum(rms, 1) * factor / tl.sqrt(tl.sum(energy, 1) / DIM + levels[0])
-            else:
-                stored = tl.sum(rms, 1) * factor
+                stored = stored / tl.sqrt(energy)
             if PAGE_TOKENS:
                 slot = tl.load(slots + page * slot_stride + row + lane, mask=seen, other=-1)
                 seen, page, row, lane = slot >= 0, slot // PAGE_TOKENS, slot % PAGE_TOKENS, lane * 0
             else:
                 row += start
-            for i in tl.static_range(len(planes)):
-                strides = (plane_strides[3 * i], plane_strides[3 * i + 1], plane_strides[3 * i + 2])
-                rows = planes[i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
-                if BITS == 3 and WIDTHS[i] == 1:
-                    store_words(rows, shuffled(words[i]), seen, 2, (DIM + 15) // 16, ALIGNED)
-                else:
-                    store_words(rows, words[i], seen, WIDTHS[i], DIM // 8, ALIGNED)
+            for p in tl.static_range(len(BITS)):
+                _store_part(
+                    planes, words[p], page, row, head, lane, seen, plane_strides,
+                    FIRST[p], END[p], BITS[p], PLANE[p], PLANE_UNIT, ALIGNED,
+                )  # fmt: skip
             rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
             tl.store(rows, stored_scale(stored, LOG_SCALE), mask=seen)
     if not COUNT:
         wait_for_previous(OVERLAP)
+
+
+@triton.jit
+def _quantized_part(
+    y, rms, levels, table, FIRST: tl.constexpr, END: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr,
+    CORRECT: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The words of a part's planes, those of coordinates elsewhere among them, and its share of the mean square."""
+    if END - FIRST < DIM:  # the smallest level, which zeros get, adds nothing to the energy
+        column = tl.arange(0, y.shape[1])[:, None] * y.shape[2] + tl.arange(0, y.shape[2])[None, :]
+        y = tl.where(((column >= FIRST) & (column < END))[None, :, :], y, 0.0)
+    words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
+    return words, tl.sum(energy, 1) / DIM + levels[0] * ((END - FIRST) / DIM)
+
+
+@triton.jit
+def _store_part(
+    planes, words, page, row, head, lane, seen, plane_strides, FIRST: tl.constexpr, END: tl.constexpr,
+    BITS: tl.constexpr, PLANE: tl.constexpr, PLANE_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Store those of the words that are of the part."""
+    WIDTHS: tl.constexpr = widths(BITS)
+    for i in tl.static_range(len(WIDTHS)):
+        strides = (
+            plane_strides[3 * (PLANE + i)], plane_strides[3 * (PLANE + i) + 1], plane_strides[3 * (PLANE + i) + 2],
+        )  # fmt: skip
+        rows = planes[PLANE + i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
+        if BITS == 3 and WIDTHS[i] == 1:
+            store_words(rows, shuffled(words[i]), seen, 2, FIRST // 16, (END + 15) // 16, ALIGNED)
+        else:
+            store_words(rows, words[i], seen, WIDTHS[i], FIRST // 8, END // 8, ALIGNED)
 
 
 @triton.jit
