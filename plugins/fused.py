@@ -126,7 +126,7 @@ class Side:
         from tqcompress_kernels import fast
 
         if self.window:
-            return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits)
+            return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits, self.form.into.shape[-1])
         return fast.lookup(self.form.levels, torch.device("cpu"))
 
     @property

@@ -41,5 +41,6 @@ def as_packed(kind: str, codes: torch.Tensor, scale: torch.Tensor) -> Packed:
 def lookup_of(side: Packed, per: int | None = None, copies: int | None = None) -> fast.Lookup:
     """How the int8 kernel reads a side, of trellis codes or not."""
     if side.window:
-        return fast.trellis_lookup(side.levels, side.step, side.bits, per, copies)
+        dim = side.planes[0].shape[-1] * 8 // side.bits
+        return fast.trellis_lookup(side.levels, side.step, side.bits, dim, per, copies)
     return fast.lookup(side.levels, side.levels.device)

@@ -47,15 +47,17 @@ OPERATIONS = {
 }
 
 
-def run(text, outputs, inputs, shared=(), **names):
+def run(text, outputs, inputs, shared=b"", **names):
     """The output registers; outputs must not be read, and every one must be written.
 
-    `shared`: the 32-bit words of shared memory; `names`: addresses in it.
+    `shared`: the bytes of shared memory; `names`: addresses in it.
     """
     registers = {f"${outputs + i}": value for i, value in enumerate(inputs)} | names
-    operations = OPERATIONS | {"ld.shared": lambda address: shared[address // 4]}
-    for line in re.findall(r"^(?!\.reg)([\w.]+)\.[bu]32 (.+);$", text, re.M):
-        target, *sources = (part.strip(" []") for part in line[1].split(","))
+    for line in re.findall(r"^(?!\.reg)([\w.]+)\.[bu](8|16|32) (.+);$", text, re.M):
+        size = int(line[1]) // 8
+        load = {"ld.shared": lambda address, size=size: int.from_bytes(shared[address : address + size], "little")}
+        operations = OPERATIONS | load
+        target, *sources = (part.strip(" []") for part in line[2].split(","))
         values = [registers[s] if s in registers else int(s, 0) for s in sources]
         assert not any(s.startswith("$") and int(s[1:]) < outputs for s in sources)
         registers[target] = operations[line[0]](*values)

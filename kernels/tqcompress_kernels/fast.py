@@ -4,6 +4,7 @@ Needs CUDA with int8 tensor cores reached by mma.sync m16n8k32 (compute capabili
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,8 @@ from .launch import launch
 from .packed import Packed, is_uniform
 
 LANES = 32
-TABLE_BYTES = 16 << 10  # of shared memory for the table of a trellis
+TABLE_BYTES = 16 << 10  # of shared memory for the table of a trellis; for copies of it half of that above 2 bits
+STATIC_BYTES = 47 << 10  # of shared memory that a program can have without asking, but for scales
 RESERVED = 1024  # bytes of shared memory that the system takes of each program
 
 
@@ -61,32 +63,64 @@ def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
         return "levels that are not integers of one byte times a common step"
     whole = (values / step).round().to(torch.int64)
     words = {2: _words(whole), 3: _words(whole), 4: _words(whole[8:] + 1) + _words(whole[:8])}[bits]
-    table = torch.tensor(words, dtype=torch.int64).to(torch.int32)[:, None].expand(-1, LANES).contiguous()
-    return Lookup(f"t{bits}", table.to(device), step)
+    return Lookup(f"t{bits}", _for_lanes(words).to(device), step)
 
 
-def trellis_lookup(levels: Tensor, step: float, bits: int, per: int | None = None, copies: int | None = None) -> Lookup:
+def trellis_lookup(
+    levels: Tensor, step: float, bits: int, dim: int = 128, per: int | None = None, copies: int | None = None
+) -> Lookup:
     """The lookup for trellis codes whose states have these `levels` `[2**window]`, integers times `step`.
 
     Args:
+        dim: head_dim, which decides how much of a row a lane reads at once.
         per: coordinates that are looked up at once, 1, 2 or 4.
-        copies: of the table, a power of two up to 32; as many as fit into `TABLE_BYTES` if None.
+        copies: of the table, a power of two up to 32; 0 for one in registers, where there can be one.
+
+    What is None is chosen: registers where they can be, else what costs least and fits into `TABLE_BYTES`.
     """
     window = len(levels).bit_length() - 1
-    kinds = [trellis_asm.Kind(bits, window, n, 1, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
+    codes = trellis_asm.CODES if dim % (4 * trellis_asm.CODES) == 0 else trellis_asm.CODES // 2
+    whole = (levels.double().cpu() / step).round().to(torch.int64)
+    halves = _halves(whole.tolist()) if window == 4 and bits in (2, 3) and codes == trellis_asm.CODES else None
+    if halves and not per and not copies:
+        kind = trellis_asm.Kind(bits, window, 1, 0, codes, "tq_trellis")
+        return Lookup(kind.text, _for_lanes(_words(halves[0]) + _words(halves[1])).to(levels.device), step)
+    kinds = [trellis_asm.Kind(bits, window, n, 1, codes, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
     kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
-    kind = min((kind for kind in kinds if 4 * kind.entries <= TABLE_BYTES or per), key=_cost)
-    whole = (levels.double().cpu() / step).round().to(torch.int64) & 255
+    kind = min((kind for kind in kinds if kind.nbytes <= TABLE_BYTES or per), key=_cost)
     entry = torch.arange(kind.entries)
-    words = sum(whole[(entry >> (bits * i)) & (len(levels) - 1)] << (8 * i) for i in range(kind.per))
+    numbers = sum((whole[(entry >> (bits * i)) & (len(levels) - 1)] & 255) << (8 * i) for i in range(kind.per))
     lanes = torch.arange(LANES) % kind.copies * 4
-    table = torch.cat([lanes, words.repeat_interleave(kind.copies)]).to(torch.int32)
-    return Lookup(kind.text, table.to(levels.device), step)
+    small = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kind.size]
+    table = numbers.repeat_interleave(kind.copies).to(small).view(torch.int32)
+    return Lookup(kind.text, torch.cat([lanes.int(), table]).to(levels.device), step)
+
+
+def _halves(values: list[int]) -> "tuple[Tensor, Tensor] | None":
+    """Signed bytes for values 0-7 and 8-15 such that what `prmt` finds in both adds up to each value, or None.
+
+    Where a half is not meant it contributes the sign of its number, 0 or -1.
+    """
+    found = []
+    for low, high in zip(values[:8], values[8:], strict=True):
+        signs = [(a, b) for a in (0, -1) for b in (0, -1) if (low - b < 0) == (a < 0) and (high - a < 0) == (b < 0)]
+        pairs = [(low - b, high - a) for a, b in signs if max(low - b, high - a) <= 127]
+        if not pairs:
+            return None
+        found.append(pairs[0])
+    low, high = torch.tensor(found).T
+    return low, high
+
+
+def _for_lanes(words: list[int]) -> Tensor:
+    """int32 `[words, LANES]`, the same for all lanes."""
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32)[:, None].expand(-1, LANES).contiguous()
 
 
 def _copies(kind: trellis_asm.Kind) -> int:
-    """As many as fit."""
-    return min(32, 1 << max(1, TABLE_BYTES // (4 * kind.entries)).bit_length() - 1)
+    """As many as fit; a single one is smaller."""
+    fit = TABLE_BYTES // (1 if kind.bits <= 2 else 2) // (4 * kind.entries)
+    return min(32, 1 << fit.bit_length() - 1) if fit > 1 else 1
 
 
 # How often, on average, a warp's lookups take their turn at the bank where most of them meet.
@@ -127,8 +161,8 @@ def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch
         if isinstance(found, str):
             return f"{side}s have {found}"
         if found.trellis:
-            if dim not in (128, 256):
-                return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 128 and 256"
+            if dim not in (64, 128, 256):
+                return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 64, 128 and 256"
             continue
         narrowest = 1 if found.bits == 3 else found.bits
         if dim * narrowest % 32:
@@ -172,6 +206,7 @@ class FastSplit:
         batch, kv_heads, _, dim = rotated.shape
         _check(key, "key", page, tile)
         _check(value, "value", page, tile)
+        stages, rings = self._rings(key, value, dim, tile, stages)
         kc, kh, vc, vh = key.planes[0], key.planes[-1], value.planes[0], value.planes[-1]
         none = lse  # stands for tensors that are not there
         launch(
@@ -189,7 +224,8 @@ class FastSplit:
             KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
             VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
             SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
-            BUFFERS=self._buffers(key, value, dim, tile, stages), CLAIMS=self._claims(key.scale.device), num_warps=1,
+            BUFFERS=self._buffers(key, value, dim, tile, stages), RINGS=rings,
+            PIECES=(_piece(key, self.key, dim), _piece(value, self.value, dim)), num_warps=1,
             **overlap.launch_options(rotated.device),
         )  # fmt: skip
 
@@ -211,11 +247,28 @@ class FastSplit:
         side = self.key if key else self.value
         return dim if side.trellis else padded(dim, side.bits, key)
 
-    def _claims(self, device: torch.device) -> tuple[int, int]:
-        """Bytes that each side's table claims at least, for the reason of `_buffers`; -1 for values that need none."""
-        share = self.key.kind == self.value.kind
-        claim = _room(device) if self.key.trellis and share and overlap.overlaps(device) else 0
-        return claim, -1 if share else 0
+    def _rings(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> tuple[int, tuple[int, int]]:
+        """How many stages there is room for, and the bytes of the arrays of strings of keys and of values.
+
+        One of them claims what is left of a program's share of the shared memory, for the reason of `_buffers`.
+        """
+        if not (self.key.trellis or self.value.trellis):
+            return stages, (0, 0)
+        tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
+        row = [self._padded(dim, side is self.key) * side.bits // 8 for side in (self.key, self.value)]
+        if sum(tables.values()) + stages * tile * sum(row) > STATIC_BYTES:
+            stages = 1
+        rings = [stages * tile * row[0], stages * tile * row[1]]
+        used = sum(tables.values()) + sum(rings) + stages * tile * (key.scale.element_size() + value.scale.element_size())
+        if overlap.overlaps(key.scale.device):
+            rings[0 if self.key.trellis else 1] += max(0, _room(key.scale.device) - used) // 16 * 16
+        return stages, tuple(rings)
+
+
+def _piece(side: Packed, found: Lookup, dim: int) -> int:
+    """Bytes of a row of strings that are copied at once: what addresses of rows are multiples of; 0 for scalar codes."""
+    codes = side.planes[0]
+    return math.gcd(16, dim * side.bits // 8, codes.data_ptr(), *codes.stride()[:3]) if found.trellis else 0
 
 
 @functools.cache

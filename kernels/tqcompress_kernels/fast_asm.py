@@ -11,6 +11,8 @@ Every builder returns (text, number of outputs) for `inline_asm_elementwise(pack
 
 from typing import NamedTuple
 
+import triton
+
 NIBBLES = "0x0F0F0F0F"
 SELECT = "0xE4"  # lop3: bits of the first operand where the third is set, of the second elsewhere
 
@@ -142,9 +144,10 @@ def value_uniform(bits: int) -> tuple[str, int]:
     return asm.done()
 
 
-def _nibbles_across(asm: Asm) -> None:
+@triton.constexpr_function
+def nibbles_across(asm: Asm, words: list[str]) -> None:
     """Registers ae, ao, be, bo: in each byte a nibble (even or odd ones) of tokens 0 and 1 (a) or 2 and 3 (b)."""
-    for name, first, second in (("a", asm.input(0), asm.input(1)), ("b", asm.input(2), asm.input(3))):
+    for name, first, second in (("a", *words[:2]), ("b", *words[2:])):
         asm.add(
             f"shl.b32 t, {second}, 4",
             f"lop3.b32 {name}e, {first}, t, {NIBBLES}, {SELECT}",
@@ -153,10 +156,11 @@ def _nibbles_across(asm: Asm) -> None:
         )
 
 
-_QUADS = [(half, parity) for half in range(2) for parity in range(2)]
+QUADS = [(half, parity) for half in range(2) for parity in range(2)]
 
 
-def _quad(asm: Asm, half: int, parity: int) -> tuple[int, int]:
+@triton.constexpr_function
+def quad(asm: Asm, half: int, parity: int) -> tuple[int, int]:
     """Register s: a nibble of 4 tokens in its low half and another in its high half; returns which nibbles."""
     suffix = "eo"[parity]
     asm.add(f"prmt.b32 s, a{suffix}, b{suffix}, {('0x5140', '0x7362')[half]}")
@@ -167,9 +171,9 @@ def value_table4() -> tuple[str, int]:
     """Outputs 2i, 2i + 1: the two lookups of code i of 4 tokens; inputs: 4 words, 4 x each table word."""
     asm = Asm(16, "ae, ao, be, bo, s, t")
     p0, p1, n0, n1 = (asm.input(4 + 4 * i) for i in range(4))
-    _nibbles_across(asm)
-    for half, parity in _QUADS:
-        first, second = _quad(asm, half, parity)
+    nibbles_across(asm, [asm.input(i) for i in range(4)])
+    for half, parity in QUADS:
+        first, second = quad(asm, half, parity)
         asm.add(
             "xor.b32 t, s, 0x88888888",
             f"prmt.b32 ${2 * first}, {p0}, {p1}, t",
@@ -186,7 +190,7 @@ def value_table3() -> tuple[str, int]:
     """Output i holds code i of 4 tokens; inputs: 4 words, 4 x 16 high bits, table words."""
     asm = Asm(16, "ae, ao, be, bo, s, t, u, he, ho, x, y")
     p0, p1 = asm.input(8), asm.input(12)
-    _nibbles_across(asm)
+    nibbles_across(asm, [asm.input(i) for i in range(4)])
     asm.add(
         f"prmt.b32 x, {asm.input(4)}, {asm.input(6)}, 0x5410",
         f"prmt.b32 y, {asm.input(5)}, {asm.input(7)}, 0x5410",
@@ -197,8 +201,8 @@ def value_table3() -> tuple[str, int]:
         "prmt.b32 he, he, he, 0x3120",
         "prmt.b32 ho, ho, ho, 0x3120",
     )
-    for half, parity in _QUADS:
-        first, second = _quad(asm, half, parity)
+    for half, parity in QUADS:
+        first, second = quad(asm, half, parity)
         high = "he" if parity == 0 else "ho"
         for code in range(2):
             shift = ("shl.b32 t, {}, 2", "shl.b32 t, {}, 1", "mov.b32 t, {}", "shr.u32 t, {}, 1")[2 * half + code]
@@ -217,9 +221,9 @@ def value_table2() -> tuple[str, int]:
     """As `value_table3` without high bits; inputs: 4 words, table word."""
     asm = Asm(16, "ae, ao, be, bo, s, t, u")
     p0 = asm.input(4)
-    _nibbles_across(asm)
-    for half, parity in _QUADS:
-        first, second = _quad(asm, half, parity)
+    nibbles_across(asm, [asm.input(i) for i in range(4)])
+    for half, parity in QUADS:
+        first, second = quad(asm, half, parity)
         for code in range(2):
             if code:
                 asm.add("shr.u32 s, s, 2")

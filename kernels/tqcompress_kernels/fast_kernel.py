@@ -32,17 +32,22 @@ from .fast_operands import (
     query_operands,
     side_by_side,
     store_rows,
+    two_lookups,
     value_table,
     word_count,
 )  # fmt: skip
-from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, scale_of, value_scales, value_tile
+from .fast_tiles import by_row, copy_side, key_tile, ring, row_tokens, scale_ring, value_scales, value_tile
 from .fast_trellis import (
-    await_tables,
+    copy_strings,
+    declare,
+    in_shared_memory,
     key_strings,
     load_table,
+    string_scales,
     trellis_key_operands,
     trellis_value_operands,
     value_strings,
+    warp_barrier,
 )
 from .overlap import let_next_start, wait_for_previous
 
@@ -51,7 +56,7 @@ from .overlap import let_next_start, wait_for_previous
 def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, MMA: gl.constexpr):
     """Accumulator `i` of a word for this tile: the operands of two codes times the weights."""
     r = gl.zeros([16, P.shape[1]], gl.int32, MMA)
-    if VALUE == "t4":  # the two lookups of a code
+    if two_lookups(VALUE):
         a = gl.convert_layout(side_by_side(o[4 * i], o[4 * i + 2], 0), A8, assert_trivial=True)
         r = mma_v2(a, P, r)
         a = gl.convert_layout(side_by_side(o[4 * i + 1], o[4 * i + 3], 0), A8, assert_trivial=True)
@@ -62,19 +67,24 @@ def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, 
 
 
 @gluon.jit
-def side_ring(kind: gl.constexpr, BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, p_scale):
-    """The ring of one side; strings of trellis codes have none."""
+def side_ring(kind: gl.constexpr, NAME: gl.constexpr, SIZE: gl.constexpr, BUFFERS: gl.constexpr, T: gl.constexpr,
+              DIM: gl.constexpr, p_scale):  # fmt: skip
+    """The ring of one side; strings of trellis codes have theirs in an array `NAME` of `SIZE` bytes."""
     if is_trellis(kind):
-        return (0, 0, 0)
+        declare(NAME, SIZE)
+        return (0, 0, scale_ring(BUFFERS, T, p_scale))
     else:
         return ring(BUFFERS, T, DIM, main_bits(kind), code_bits(kind) == 3, p_scale)
 
 
 @gluon.jit
-def copy_ahead(kind: gl.constexpr, buffers, stage, side, s, end, D: gl.constexpr, ROW: gl.constexpr,
-               HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr, T: gl.constexpr):  # fmt: skip
-    """`copy_side` for a side that has a ring."""
-    if not is_trellis(kind):
+def copy_ahead(kind: gl.constexpr, NAME: gl.constexpr, PIECE: gl.constexpr, buffers, stage, side, s, end,
+               D: gl.constexpr, ROW: gl.constexpr, HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr,
+               T: gl.constexpr):  # fmt: skip
+    """Start copying a whole tile of one side into its ring."""
+    if is_trellis(kind):
+        copy_strings(kind, NAME, buffers[2], stage, side, s, D, ROW, table, PAGE, T, PIECE)
+    else:
         bits: gl.constexpr = main_bits(kind)
         copy_side(buffers, stage, side, s, end, D, bits, code_bits(kind) == 3, ROW, HIGH_ROW, table, PAGE, T)
 
@@ -89,7 +99,7 @@ def decode_kernel(
     COLUMNS: gl.constexpr, C: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
     KR: gl.constexpr, KHR: gl.constexpr, KSR: gl.constexpr, VR: gl.constexpr, VHR: gl.constexpr, VSR: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, MASK: gl.constexpr, LENGTHS: gl.constexpr, BIAS: gl.constexpr,
-    BUFFERS: gl.constexpr, CLAIMS: gl.constexpr, OVERLAP: gl.constexpr,
+    BUFFERS: gl.constexpr, RINGS: gl.constexpr, PIECES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One split of one KV head. See `plain.split` for the arguments."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
@@ -140,18 +150,23 @@ def decode_kernel(
     )
 
     # Whole tiles come through a ring of shared-memory buffers, copied `STAGES - 1` tiles ahead of their use.
-    k_ring = side_ring(KEY, BUFFERS, T, KD, p_ks)
-    v_ring = side_ring(VALUE, BUFFERS, T, VD, p_vs)
+    K_NAME: gl.constexpr = "tq_keys"
+    V_NAME: gl.constexpr = "tq_values"
+    KP: gl.constexpr = PIECES[0]
+    VP: gl.constexpr = PIECES[1]
+    k_ring = side_ring(KEY, K_NAME, RINGS[0], BUFFERS, T, KD, p_ks)
+    v_ring = side_ring(VALUE, V_NAME, RINGS[1], BUFFERS, T, VD, p_vs)
+    if in_shared_memory(KEY):
+        load_table(k_table + 32, KEY)
+    if in_shared_memory(VALUE) and VALUE != KEY:  # else it is the keys' table
+        load_table(v_table + 32, VALUE)
+    async_copy.commit_group()
     for ahead in gl.static_range(STAGES - 1):
         if start + ahead * T < whole:
-            copy_ahead(KEY, k_ring, ahead, keys, start + ahead * T, end, D, KR, KHR, p_pages, PAGE, T)
-            copy_ahead(VALUE, v_ring, ahead, values, start + ahead * T, end, D, VR, VHR, p_pages, PAGE, T)
+            copy_ahead(KEY, K_NAME, KP, k_ring, ahead, keys, start + ahead * T, end, D, KR, KHR, p_pages, PAGE, T)
+            copy_ahead(VALUE, V_NAME, VP, v_ring, ahead, values, start + ahead * T, end, D, VR, VHR, p_pages, PAGE, T)
         async_copy.commit_group()
 
-    if is_trellis(KEY):
-        load_table(k_table + 32, KEY, CLAIMS[0])
-    if is_trellis(VALUE) and CLAIMS[1] >= 0:  # else it shares the keys' table
-        load_table(v_table + 32, VALUE, CLAIMS[1])
     k_tables = ()
     for i in gl.static_range(plan("key", KEY, "tables")):
         k_tables = k_tables + (key_table(k_table + 32 * i, T),)
@@ -179,25 +194,26 @@ def decode_kernel(
     for _ in gl.static_range(VD // 16):
         acc = acc + (gl.zeros([16, C], gl.float32, OL),)
     stage = 0
-    if is_trellis(KEY) or is_trellis(VALUE):
-        await_tables()
     for part in gl.static_range(2):  # whole tiles, then the one that ends in the middle, if any
         for s in range(start if part == 0 else whole, whole if part == 0 else end, T):
             if part == 0:
                 free = (stage + STAGES - 1) % STAGES
                 coming = gl.minimum(s + (STAGES - 1) * T, whole - T)
-                copy_ahead(KEY, k_ring, free, keys, coming, end, D, KR, KHR, p_pages, PAGE, T)
-                copy_ahead(VALUE, v_ring, free, values, coming, end, D, VR, VHR, p_pages, PAGE, T)
-                if not (is_trellis(KEY) and is_trellis(VALUE)):
-                    async_copy.commit_group()
-                    async_copy.wait_group(STAGES - 1)
+                if is_trellis(KEY) or is_trellis(VALUE):
+                    warp_barrier()  # all lanes have read the tile before
+                copy_ahead(KEY, K_NAME, KP, k_ring, free, keys, coming, end, D, KR, KHR, p_pages, PAGE, T)
+                copy_ahead(VALUE, V_NAME, VP, v_ring, free, values, coming, end, D, VR, VHR, p_pages, PAGE, T)
+                async_copy.commit_group()
+                async_copy.wait_group(STAGES - 1)
+                if is_trellis(KEY) or is_trellis(VALUE):
+                    warp_barrier()
+            elif in_shared_memory(KEY) or in_shared_memory(VALUE):  # there may have been no whole tile to wait for
+                async_copy.wait_group(0)
+                warp_barrier()
             if is_trellis(KEY):
-                words = key_strings(KEY, keys[0], s, end, D, KR, p_pages, keys[3], PAGE, T, part == 1)
-                ks = scale_of(load_rows(keys[2], s, end, KSR, p_pages, keys[5], PAGE, T, part == 1))
-            if is_trellis(VALUE):  # loaded while keys are worked on
-                v_strings = value_strings(VALUE, values[0], s, end, D, VR, p_pages, values[3], PAGE, T, part == 1)
-            if is_trellis(KEY):
-                operands = trellis_key_operands(KEY, words, k_tables[0])
+                words = key_strings(KEY, K_NAME, stage, keys, s, end, D, KR, p_pages, PAGE, T, part == 1)
+                ks = string_scales(k_ring[2], stage, keys, s, end, KSR, p_pages, PAGE, T, part == 1)
+                operands = trellis_key_operands(KEY, words, k_tables)
             else:
                 words, high, ks = key_tile(
                     k_ring, stage, keys, s, end, KD, D, KMAIN, KB == 3, KR, KHR, KSR, p_pages, PAGE, T, part == 1
@@ -232,7 +248,7 @@ def decode_kernel(
             mass = mass * shrink + grow * gl.sum(p, 0)
 
             if is_trellis(VALUE):
-                vs = scale_of(load_rows(values[2], s, end, VSR, p_pages, values[5], PAGE, T, part == 1))
+                vs = string_scales(v_ring[2], stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
             else:
                 vs = value_scales(v_ring, stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
             vmax = gl.maximum(gl.max(vs, 0), 1e-30)
@@ -247,7 +263,9 @@ def decode_kernel(
             P = gl.convert_layout(gl.reshape(P, [T, N]), B8)
             shrink_o = gl.convert_layout(shrink, HEAD_O)[None, :]
             grow_o = gl.convert_layout(grow, HEAD_O)[None, :]
-            if not is_trellis(VALUE):
+            if is_trellis(VALUE):
+                v_strings = value_strings(VALUE, V_NAME, stage, values, s, end, D, VR, p_pages, PAGE, T, part == 1)
+            else:
                 words, high = value_tile(
                     v_ring, stage, values, s, end, VD, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T, part == 1
                 )
@@ -257,7 +275,7 @@ def decode_kernel(
             new = ()
             for u in gl.static_range(VALUE_WORDS):
                 if is_trellis(VALUE):
-                    o = trellis_value_operands(VALUE, v_strings, u, v_tables[0])
+                    o = trellis_value_operands(VALUE, v_strings, u, v_tables)
                 else:
                     o = expand("value", VALUE, 0, arguments(VALUE, words[u], high[u], v_tables))
                 for i in gl.static_range(OUTS):

@@ -42,7 +42,7 @@ def is_trellis(kind):
 def word_count(side, kind, dim):
     """Words a lane has of a row in the main plane, or what stands for words: `plan`'s codes at once."""
     if kind[0] == "w":
-        return dim // (128 if side == "key" else 8 * trellis_asm.VALUE_CODES)
+        return dim // 4 // trellis_asm.parse(kind).codes
     return dim * main_bits(kind) // 128 if side == "key" else dim // 8 // plan(side, kind, "codes")
 
 
@@ -59,6 +59,17 @@ def key_shift(kind, o):
     return float(1 << (o % (8 // bits) * bits % 4)) if kind[0] == "u" and bits < 4 else 1.0
 
 
+@gluon.constexpr_function
+def two_lookups(kind):
+    """Whether a value is the sum of two operands."""
+    return kind == "t4" or kind[0] == "w" and trellis_asm.parse(kind).copies == 0
+
+
+@gluon.constexpr_function
+def _coordinate(kind, j, r):
+    return trellis_asm.key_coordinates(kind)[j][r]
+
+
 @gluon.jit
 def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
     """The coordinate in byte `r` of lane quarter `c` of operand `o`, counted over all words of a quarter row."""
@@ -67,7 +78,8 @@ def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
     if kind == "t4":
         return first + 4 * (j // 2) + r
     elif kind[0] == "w":
-        return first + 4 * j + r
+        low = gl.where(r == 0, _coordinate(kind, j, 0), _coordinate(kind, j, 1))
+        return first + gl.where(r < 2, low, gl.where(r == 2, _coordinate(kind, j, 2), _coordinate(kind, j, 3)))
     elif kind[0] == "t":
         return first + 2 * (4 * (j % 2) + r) + j // 2
     else:

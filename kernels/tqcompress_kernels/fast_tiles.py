@@ -186,13 +186,19 @@ def scale_of(x):
 
 
 @gluon.jit
+def scale_ring(BUFFERS: gl.constexpr, T: gl.constexpr, p_scale):
+    """Shared-memory buffers of scales."""
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    WORDS: gl.constexpr = T * p_scale.dtype.element_ty.primitive_bitwidth // 32
+    return gl.allocate_shared_memory(gl.int32, [BUFFERS, WORDS], LINE)
+
+
+@gluon.jit
 def ring(BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, MAIN: gl.constexpr, HIGH: gl.constexpr, p_scale):
     """Shared-memory buffers of one side: main plane, plane of high bits (or the main one again), scales."""
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    LINE_WORDS: gl.constexpr = T * p_scale.dtype.element_ty.primitive_bitwidth // 32
     main = gl.allocate_shared_memory(gl.int32, [BUFFERS, T, DIM * MAIN // 32], ROWS)
-    scale = gl.allocate_shared_memory(gl.int32, [BUFFERS, LINE_WORDS], LINE)
+    scale = scale_ring(BUFFERS, T, p_scale)
     if HIGH:
         return main, gl.allocate_shared_memory(gl.int32, [BUFFERS, T, DIM // 32], ROWS), scale
     else:
