@@ -32,10 +32,11 @@ from tqcompress.transform import TransformedCodec, TransformedOptions
 
 CHUNK_BYTES = 64 * 2**20  # of path costs, which bounds the memory that encoding takes
 
-# Lengths of the window, on either side of the seam, from which the states at the seam are found. Paths merge slowly:
-# with 64 states and 64 or 128 coordinates the error is .3 to .9 % above that of the best closed paths from 8 lengths,
-# .2 to .4 % from 12, and no better than .01 to .4 % from all.
-SEAM = 16
+# Lengths of the window on either side of the seam, and the fewest coordinates, from which the states at the seam are
+# found. Paths merge slowly: with 64 states and 64 or 128 coordinates the error is .3 to .9 % above that of the best
+# closed paths from 8 lengths, .2 to .4 % from 12, and no better than .01 to .4 % from all. With 256 states, 2 bits and
+# 128 coordinates it is .7 % above that of 16 lengths, which take a third longer.
+SEAM, FEWEST = 8, 32
 
 
 class TrellisOptions(TransformedOptions):
@@ -150,7 +151,7 @@ def search(x: Tensor, table: Tensor, bits: int, seam: int = SEAM) -> Tensor:
     """
     states, dim = len(table), x.shape[-1]
     overlaps = states >> bits
-    reach = min(dim // 2, seam * -(-(states.bit_length() - 1) // bits))
+    reach = min(dim // 2, max(FEWEST, seam * -(-(states.bit_length() - 1) // bits)))
     size = max(1, CHUNK_BYTES // (4 * (overlaps * (dim + 1) + states)))
     symbols = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     room = x.new_empty(dim + 1, overlaps, min(size, len(x)))

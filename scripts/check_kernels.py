@@ -56,11 +56,12 @@ def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, input
 
 def decode_case(
     kernel: str, key: str, value: str, dim: int, share: int, tokens: int, inputs: str, queries: int = 1,
-    options: tuple[str, ...] = (), lookups: tuple[int, int] = (None, None),
+    options: tuple[str, ...] = (), lookups: tuple = ((None, None), (None, None)), how: dict | None = None,
 ) -> float:  # fmt: skip
     """The larger of the relative errors of output and weights (exp of the log-sum-exp) of one decode.
 
-    `lookups`: coordinates a lookup and copies of the table, for trellis codes.
+    `lookups`: coordinates a lookup and copies of the table, of keys and of values, for trellis codes; `how`: options of
+    the int8 kernel.
     """
     from trellis_sides import lookup_of
 
@@ -93,7 +94,8 @@ def decode_case(
     rest = {"lengths": lengths, "mask": mask, "block_table": table, "softcap": softcap}
     split = plain.split
     if kernel == "int8":
-        split = fast.FastSplit(*(lookup_of(side, *lookups) for side in (k, v)))
+        read = fast.FastSplit(*(lookup_of(side, *one) for side, one in zip((k, v), lookups, strict=True)))
+        split = lambda *a: read(*a, **(how or {}))  # noqa: E731
     arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), *means, sinks, recent, tokens, dim**-0.5)
     junk = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)]
     del junk  # what the allocator hands out next is poisoned

@@ -24,7 +24,7 @@ DECAY = 0.7  # of the sums of earlier iterations, so that an entry is the mean o
 SCREENED, SCREEN_ITERATIONS, SCREEN_VECTORS = {16: 64, 64: 64, 256: 32, 1024: 12}, 3, 512  # starts, briefly
 TRIED, TRIAL_ITERATIONS = {16: 8, 64: 8, 256: 6, 1024: 3}, 10  # the best of these, longer
 GRID_ITERATIONS = 6
-SEAM = 8  # half as far as encoders look, to save time
+SEAM = 8  # as far as encoders look
 SPREAD = {1: 1.0, 2: 1.05, 3: 1.3, 4: 1.5}  # of the first entries; at high rates the best are wider than the Gaussian
 OUTPUT = Path(__file__).resolve().parents[1] / "tqcompress" / "data" / "trellis.safetensors"
 

@@ -166,11 +166,11 @@ def trellis(states: int, bits: int, other: int, dim: int, page: int = 0) -> None
     rest = torch.zeros(1, 2, 3, 4, dim), torch.zeros(1, 2, 3, 4), 256, None, None
     query, table = (torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4)), torch.zeros(1, 4, dtype=torch.int32)
     table = table if page else None
-    for read in (plain.split, fast.FastSplit(*(fast.trellis_lookup(x.levels, 1.0, x.bits) for x in (key, value)))):
+    for read in (plain.split, fast.FastSplit(*(fast.trellis_lookup(x.levels, 1.0, x.bits, dim) for x in (key, value)))):
         read(*query, key, value, *rest, table, 0.1, None)
     mixed = packed(4, 512, dim, False, False)._replace(levels=torch.tensor([-x for x in L4[::-1]] + L4).float())
     if not page:
-        lookups = fast.trellis_lookup(key.levels, 1.0, bits), fast.lookup(mixed.levels, torch.device("cpu"))
+        lookups = fast.trellis_lookup(key.levels, 1.0, bits, dim), fast.lookup(mixed.levels, torch.device("cpu"))
         fast.FastSplit(*lookups)(*query, key, mixed, *rest, None, 0.1, None)
         dequantize(key, torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), 0)
 
@@ -204,6 +204,7 @@ ONCE = {
         lambda: attention(torch.bfloat16, 256),
         lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True),
         lambda: int8(L3, L3, 128, 4),
+        lambda: trellis(16, 2, 3, 128),
     ],
     "sm_90": [
         lambda: split((4, 4), 128, 4, True),
@@ -212,6 +213,7 @@ ONCE = {
         lambda: step(torch.float16, True),
         lambda: trellis(64, 3, 3, 128, 64),
         lambda: trellis(64, 2, 4, 256),
+        lambda: trellis(64, 3, 2, 64),
     ],
     "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],
     "gfx942": [lambda: split((2, 6), 64, 4, False)],

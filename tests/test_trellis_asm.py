@@ -24,14 +24,16 @@ CASES = [
         (1024, 3),
         (1024, 4),
     ]
-    for per, copies in [(1, 1), (1, 32), (2, 1), (2, 4), (4, 1), (4, 2)]
+    for per, copies in [(1, 1), (1, 32), (2, 1), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2)]
     if states << (per - 1) * bits <= 1 << 15
 ] + [(16, 2, None, None), (16, 3, None, None)]  # in registers
 
 
 def strings(states, bits, count, seed, dim):
     """Rows of bytes, and the integer values of their states `[count, dim]`."""
-    codes = torch.randint(256, (count, dim // 8 * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        256, (count, dim // 8 * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     table = shipped_table(states, bits)
     whole = (table / table.abs().max() * 127).round().int()
     return codes, whole[windows(codes, bits, dim, states)].tolist()
@@ -75,7 +77,7 @@ def test_keys_come_out_in_their_order(states, bits, per, copies, dim):
     kind, execute = built(states, bits, per, copies, "key", dim)
     codes, values = strings(states, bits, 1, states + bits, dim)
     order = trellis_asm.key_coordinates(kind.text)[:: 1 if kind.copies else 2]
-    assert sorted(sum(order, [])) == list(range(dim // 4))
+    assert sorted(i for four in order for i in four) == list(range(dim // 4))
     for quarter in range(4):
         words = words_of(codes[0], dim // 4 * bits * quarter, kind.words("key"))
         out = execute([x for word in words for x in [word] * 4])

@@ -13,7 +13,7 @@ from .ring import BLOCK, Ring
 from .storage import units
 from .viterbi import viterbi_kernel
 
-SEAM = 16  # lengths of the window on either side of the seam that the first pass looks at
+SEAM, FEWEST = 8, 32  # lengths of the window and coordinates on either side of the seam that the first pass looks at
 NOTES = 4  # bits of symbols that costs carry along, if one symbol has no more
 CHUNK = 1 << 17  # vectors that are rotated before their paths are searched
 IN_REGISTERS, MOST_OVERLAPS = 128, 256  # costs of a vector that a lane's registers hold, and with some of them spilled
@@ -30,7 +30,9 @@ class TrellisEncoder(NamedTuple):
         point: the bit of a cost that is worth `step**2`, so vectors are rounded to `step / 2**(point - group * bits)`.
         lowest, far: costs of the right and the wrong beginnings of paths.
         group: steps whose symbols a cost carries along.
+        reach: coordinates on either side of the seam that the first pass looks at.
         ptx: whether costs are compared by PTX.
+        products: states of each fan whose constant the multiplier adds, with PTX.
     """
 
     unit: Encoder
@@ -44,7 +46,9 @@ class TrellisEncoder(NamedTuple):
     lowest: int
     far: int
     group: int
+    reach: int
     ptx: bool
+    products: int
 
     def launch(
         self, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
@@ -70,7 +74,6 @@ class TrellisEncoder(NamedTuple):
         notes = memory.new_empty(programs, dim // self.group, words, LANES, dtype=torch.int32)
         run(self.unit, x, (unit,), norms, 0, None, ring, count, scale.shape[2])
         unit_of_codes, strides = units(codes.stride()[:3], 16)
-        window = len(self.table).bit_length() - 1
         launch(
             viterbi_kernel,
             (programs,),
@@ -93,13 +96,14 @@ class TrellisEncoder(NamedTuple):
             vectors,
             tiles,
             self.step,
+            1,
             TABLE=self.table,
             BITS=self.bits,
             POINT=self.point,
             LOWEST=self.lowest,
             FAR=self.far,
             GROUP=self.group,
-            REACH=min(dim // 2, SEAM * -(-window // self.bits)),
+            REACH=self.reach,
             DIM=dim,
             LOG_SCALE=self.log_scale,
             CORRECT=self.norm_correction,
@@ -108,6 +112,7 @@ class TrellisEncoder(NamedTuple):
             BLOCK=LANES,
             ROOM=0 if ring is None else ring.room,
             PTX=self.ptx,
+            PRODUCTS=self.products,
             **({} if INTERPRETED else {"num_warps": LANES // 32}),
         )
 
@@ -127,15 +132,16 @@ def obstacle(states: int, bits: int) -> str | None:
 
 def trellis_encoder(
     into: Tensor, mean: Tensor | None, table: Tensor, step: float, bits: int, scale_format: str,
-    norm_correction: bool = True, group: int | None = None,
+    norm_correction: bool = True, group: int | None = None, reach: int | None = None,
 ) -> TrellisEncoder:  # fmt: skip
     """Prepare a `TrellisEncoder`; reads values on the host, so not while a CUDA graph is captured.
 
     Args:
         into, mean, scale_format: as `encode.encoder` takes them.
+        reach: as `TrellisEncoder` has it; chosen if None.
         table: float32 `[states]`, integers up to 127 times `step`, and `table == -table.flip(0)`.
     """
-    dim = into.shape[-1]
+    dim, window = into.shape[-1], len(table).bit_length() - 1
     whole = (table.double() / step).round().cpu()
     if reason := obstacle(len(table), bits):
         raise ValueError(reason)
@@ -151,7 +157,8 @@ def trellis_encoder(
     return TrellisEncoder(
         unit, whole.to(table.device, torch.float32), tuple(whole.int().tolist()), step, bits, scale_format == "log8",
         norm_correction, point, -(2**31) + (math.ceil(lowest) << point), math.ceil(far) << point, group,
-        not INTERPRETED and torch.version.hip is None,
+        reach or min(dim // 2, max(FEWEST, SEAM * -(-window // bits))),
+        not INTERPRETED and torch.version.hip is None, 0,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def trellis_lookup(
 
     Args:
         dim: head_dim, which decides how much of a row a lane reads at once.
-        per: coordinates that are looked up at once, 1, 2 or 4.
+        per: coordinates that are looked up at once, 1 to 4.
         copies: of the table, a power of two up to 32; 0 for one in registers, where there can be one.
 
     What is None is chosen: registers where they can be, else what costs least and fits into `TABLE_BYTES`.
@@ -85,7 +85,9 @@ def trellis_lookup(
     if halves and not per and not copies:
         kind = trellis_asm.Kind(bits, window, 1, 0, codes, "tq_trellis")
         return Lookup(kind.text, _for_lanes(_words(halves[0]) + _words(halves[1])).to(levels.device), step)
-    kinds = [trellis_asm.Kind(bits, window, n, 1, codes, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
+    kinds = [
+        trellis_asm.Kind(bits, window, n, 1, codes, "tq_trellis") for n in ((1, 2, 3, 4) if per is None else (per,))
+    ]
     kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
     kind = min((kind for kind in kinds if kind.nbytes <= TABLE_BYTES or per), key=_cost)
     entry = torch.arange(kind.entries)
@@ -192,11 +194,11 @@ class FastSplit:
         page = 0 if block_table is None else key.planes[0].shape[2]
         for first in range(0, columns, at_once):
             count = min(at_once, columns - first)
-            small = dim > 128 or count > 8 or page % 64
+            size = tile or self._tile(key, value, count, page, dim, stages)
             self._launch(
                 rotated[:, :, first:], None if bias is None else bias[:, :, first:], key, value,
                 partial[:, :, :, first:], lse[:, :, :, first:], count, tokens, lengths, mask, block_table, page,
-                scaling, softcap, tile or (32 if small else 64), stages,
+                scaling, softcap, size, stages,
             )  # fmt: skip
 
     def _launch(
@@ -247,6 +249,13 @@ class FastSplit:
         side = self.key if key else self.value
         return dim if side.trellis else padded(dim, side.bits, key)
 
+    def _used(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> list[int]:
+        """Bytes of shared memory, where one side has trellis codes: of keys, of values, of scales and of tables."""
+        tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
+        rows = [self._padded(dim, side is self.key) * side.bits // 8 for side in (self.key, self.value)]
+        rows.append(key.scale.element_size() + value.scale.element_size())
+        return [stages * tile * row for row in rows] + [sum(tables.values())]
+
     def _rings(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> tuple[int, tuple[int, int]]:
         """How many stages there is room for, and the bytes of the arrays of strings of keys and of values.
 
@@ -254,19 +263,25 @@ class FastSplit:
         """
         if not (self.key.trellis or self.value.trellis):
             return stages, (0, 0)
-        tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
-        row = [self._padded(dim, side is self.key) * side.bits // 8 for side in (self.key, self.value)]
-        if sum(tables.values()) + stages * tile * sum(row) > STATIC_BYTES:
+        if sum(self._used(key, value, dim, tile, stages)) > STATIC_BYTES:
             stages = 1
-        rings = [stages * tile * row[0], stages * tile * row[1]]
-        used = sum(tables.values()) + sum(rings) + stages * tile * (key.scale.element_size() + value.scale.element_size())
-        if overlap.overlaps(key.scale.device):
-            rings[0 if self.key.trellis else 1] += max(0, _room(key.scale.device) - used) // 16 * 16
+        used = self._used(key, value, dim, tile, stages)
+        rings, device = used[:2], key.scale.device
+        if overlap.overlaps(device):
+            rings[0 if self.key.trellis else 1] += max(0, _room(device) - sum(used)) // 16 * 16
         return stages, tuple(rings)
+
+    def _tile(self, key: Packed, value: Packed, columns: int, page: int, dim: int, stages: int) -> int:
+        """Tokens of a tile: 64 if registers, pages and shared memory allow for as many."""
+        if dim > 128 or columns > 8 or page % 64:
+            return 32
+        if not (self.key.trellis or self.value.trellis) or key.scale.device.type != "cuda":
+            return 64
+        return 64 if sum(self._used(key, value, dim, 64, stages)) <= _room(key.scale.device) else 32
 
 
 def _piece(side: Packed, found: Lookup, dim: int) -> int:
-    """Bytes of a row of strings that are copied at once: what addresses of rows are multiples of; 0 for scalar codes."""
+    """Bytes of a row of strings that are copied at once: they and addresses are multiples of it; 0: scalar codes."""
     codes = side.planes[0]
     return math.gcd(16, dim * side.bits // 8, codes.data_ptr(), *codes.stride()[:3]) if found.trellis else 0
 

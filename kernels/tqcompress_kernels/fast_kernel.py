@@ -36,7 +36,17 @@ from .fast_operands import (
     value_table,
     word_count,
 )  # fmt: skip
-from .fast_tiles import by_row, copy_side, key_tile, ring, row_tokens, scale_ring, value_scales, value_tile
+from .fast_tiles import (
+    by_row,
+    copy_side,
+    key_tile,
+    load_rows,
+    ring,
+    row_tokens,
+    scale_ring,
+    value_scales,
+    value_tile,
+)  # fmt: skip
 from .fast_trellis import (
     copy_strings,
     declare,

@@ -62,7 +62,7 @@ def key_shift(kind, o):
 @gluon.constexpr_function
 def two_lookups(kind):
     """Whether a value is the sum of two operands."""
-    return kind == "t4" or kind[0] == "w" and trellis_asm.parse(kind).copies == 0
+    return kind == "t4" or (kind[0] == "w" and trellis_asm.parse(kind).copies == 0)
 
 
 @gluon.constexpr_function

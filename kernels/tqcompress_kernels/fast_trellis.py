@@ -122,17 +122,15 @@ def copy_strings(kind: gl.constexpr, NAME: gl.constexpr, lines, stage, side, s, 
     p += row_offsets(s, 0, ROW // 4, table, side[3] // 4, PAGE)
     for i in gl.static_range(T * PIECES // 32):
         piece = _lanes() + 32 * i
-        if ROW == BYTES:
-            word = piece * (SIZE // 4)
-        else:
-            word = piece // PIECES * (ROW // 4) + piece % PIECES * (SIZE // 4)
+        word = piece * (SIZE // 4) if ROW == BYTES else piece // PIECES * (ROW // 4) + piece % PIECES * (SIZE // 4)
         _copy(NAME, stage * (T * BYTES) + piece * SIZE, p + word, SIZE)
     copy_line(lines.index(stage), side[2], s, table, side[5], PAGE, T)
 
 
 @gluon.jit
 def _load(which: gl.constexpr, kind: gl.constexpr, NAME: gl.constexpr, stage, p, s, end, t, word, D: gl.constexpr,
-          ROW: gl.constexpr, table, page_stride, PAGE: gl.constexpr, T: gl.constexpr, PARTIAL: gl.constexpr):  # fmt: skip
+          ROW: gl.constexpr, table, page_stride, PAGE: gl.constexpr, T: gl.constexpr,
+          PARTIAL: gl.constexpr):  # fmt: skip
     """Words `word` (a row) of the tokens `s + t` (a column): from shared memory, or the last tile from global memory
     with zeros beyond `end`."""
     if PARTIAL:

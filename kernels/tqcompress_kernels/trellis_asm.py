@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     bits: int
     window: int
-    per: int  # coordinates a lookup: 1, 2 or 4
+    per: int  # coordinates a lookup: 1 to 4
     copies: int  # of the table: a power of two up to 32; 0 if it is in registers
     codes: int  # coordinates of a key that a lane reads in one go, twice those of a value
     name: str  # of the table
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of an entry."""
-        return self.per if self.copies == 1 else 4
+        return self.per if self.copies == 1 and self.per < 3 else 4
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +82,7 @@ def _look_up(asm: Asm, kind: str, words: list[str], first: int, target: str, lan
     mask = (kind.entries - 1) << place
     by = shift - place
     if shift + kind.index_bits > 32:
-        asm.add(f"shf.r.wrap.b32 t, {words[at]}, {words[(at + 1) % len(words)]}, {by}")
+        asm.add(f"shf.r.wrap.b32 t, {words[at]}, {words[min(at + 1, len(words) - 1)]}, {by}")
     elif by:
         asm.add(f"{'shr' if by > 0 else 'shl'}.b32 t, {words[at]}, {abs(by)}")
     source = "t" if by or shift + kind.index_bits > 32 else words[at]
@@ -90,7 +90,7 @@ def _look_up(asm: Asm, kind: str, words: list[str], first: int, target: str, lan
         asm.add(f"lop3.b32 t, {source}, {mask:#x}, {lane}, 0xEA")
     else:
         asm.add(f"and.b32 t, {source}, {mask:#x}")
-    asm.add("add.u32 t, t, base", f"ld.shared.{'u8 u16 b32'.split()[kind.size // 2]} {target}, [t]")
+    asm.add("add.u32 t, t, base", f"ld.shared.{('u8', 'u16', 'b32')[kind.size // 2]} {target}, [t]")
 
 
 @triton.constexpr_function
@@ -101,6 +101,15 @@ def key_windows(text: str) -> tuple[str, int]:
     words, lane = [asm.input(4 * i) for i in range(count)], asm.input(4 * count)
     asm.add(f"mov.u32 base, {kind.name}")
     for j in range(kind.codes // 4):
+        if (
+            kind.per == 3
+        ):  # its first and its last coordinates are of two lookups, one of which the next one goes on with
+            first, last = 4 * j // 3, (4 * j + 3) // 3
+            for i in range(first + (j % 3 > 0), last + 1):
+                _look_up(asm, text, words, 3 * i, f"a{i % 2}", lane)
+            select = sum((c % 3 + 4 * (c // 3 - first)) << 4 * i for i, c in enumerate(range(4 * j, 4 * j + 4)))
+            asm.add(f"prmt.b32 ${j}, a{first % 2}, a{last % 2}, {select:#06x}")
+            continue
         if kind.per == 4:
             _look_up(asm, text, words, 4 * j, f"${j}", lane)
             continue
@@ -123,16 +132,12 @@ def value_windows(text: str) -> tuple[str, int]:
         for token in range(4):
             words = [asm.input(4 * i + token) for i in range(count)]
             _look_up(asm, text, words, j, f"a{token}", lane)
-        if kind.per == 1:
-            asm.add("prmt.b32 a0, a0, a1, 0x0040", "prmt.b32 a2, a2, a3, 0x0040", f"prmt.b32 ${j}, a0, a2, 0x5410")
-            continue
-        for half in range(kind.per // 2):
-            select = ("0x5140", "0x7362")[half]
-            asm.add(f"prmt.b32 u0, a0, a1, {select}", f"prmt.b32 u1, a2, a3, {select}")
-            asm.add(
-                f"prmt.b32 ${j + 2 * half}, u0, u1, 0x5410",
-                f"prmt.b32 ${j + 2 * half + 1}, u0, u1, 0x7632",
-            )
+        for first in range(j, min(j + kind.per, kind.codes // 2), 2):  # two coordinates of four tokens
+            select = 0x0040 if kind.per == 1 else (0x5140, 0x7362)[(first - j) // 2]
+            asm.add(f"prmt.b32 u0, a0, a1, {select:#06x}", f"prmt.b32 u1, a2, a3, {select:#06x}")
+            asm.add(f"prmt.b32 ${first}, u0, u1, 0x5410")
+            if first + 1 < min(j + kind.per, kind.codes // 2):
+                asm.add(f"prmt.b32 ${first + 1}, u0, u1, 0x7632")
     return asm.done()
 
 

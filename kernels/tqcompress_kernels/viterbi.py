@@ -28,14 +28,19 @@ def _places(bits, first):
 
 
 @triton.constexpr_function
-def _text(table, bits, point, r, overlap):
-    """PTX of `_least`: as a chain in this order, an addition and a minimum become one instruction (VIADDMNMX)."""
-    lines = [".reg .s32 path;"]
+def _text(table, bits, point, r, overlap, products):
+    """PTX of `_least`: as a chain in this order, an addition and a minimum become one instruction (VIADDMNMX).
+
+    Of `products` states the addition is a product with a number that only we know to be 1, for the multiplier to do.
+    """
+    lines, one = [".reg .s32 path;"], f"${2 + (1 << bits)}"
     for j in range(1 << bits):
         value = table[(overlap << bits) + j]
         target = "path" if j else "$0"
         lines.append(f"mad.lo.s32 {target}, $1, {value}, ${j + 2};")
-        lines.append(f"add.s32 {target}, {target}, {_own_cost(value, point, j << bits * r)};")
+        own = _own_cost(value, point, j << bits * r)
+        add = f"mad.lo.s32 {target}, {one}, {own}" if j < products else f"add.s32 {target}, {own}"
+        lines.append(f"{add}, {target};")
         if j:
             lines.append("min.s32 $0, path, $0;")
     return "{ " + " ".join(lines) + " }"
@@ -43,16 +48,16 @@ def _text(table, bits, point, r, overlap):
 
 @triton.constexpr_function
 def _constraints(bits):
-    return ",".join(["=&r"] + ["r"] * ((1 << bits) + 1))
+    return ",".join(["=&r"] + ["r"] * ((1 << bits) + 2))
 
 
 @triton.jit
-def _least(x, behind, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr,
-           OVERLAP: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+def _least(x, behind, one, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr,
+           OVERLAP: tl.constexpr, PTX: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """The least cost of the states that hand on an overlap, given those of the overlaps behind them."""
     if PTX:
-        text: tl.constexpr = _text(TABLE, BITS, POINT, R, OVERLAP)
-        return tl.inline_asm_elementwise(text, _constraints(BITS), (x,) + behind, tl.int32, True, 1)
+        text: tl.constexpr = _text(TABLE, BITS, POINT, R, OVERLAP, PRODUCTS)
+        return tl.inline_asm_elementwise(text, _constraints(BITS), (x,) + behind + (one,), tl.int32, True, 1)
     else:
         best = behind[0] + x * TABLE[OVERLAP << BITS] + _own_cost(TABLE[OVERLAP << BITS], POINT, 0)
         for j in tl.static_range(1, 1 << BITS):
@@ -62,8 +67,8 @@ def _least(x, behind, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constex
 
 
 @triton.jit
-def _stepped(costs, x, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr,
-             PTX: tl.constexpr):  # fmt: skip
+def _stepped(costs, x, one, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.constexpr, R: tl.constexpr,
+             PTX: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """The least costs of paths to every overlap after one more coordinate, the `R`-th of a group; `x` is -2 X."""
     new = ()
     for overlap in tl.static_range(len(costs)):
@@ -71,14 +76,14 @@ def _stepped(costs, x, TABLE: tl.constexpr, BITS: tl.constexpr, POINT: tl.conste
         behind = ()
         for j in tl.static_range(1 << BITS):
             behind += (costs[((overlap << BITS) + j) % len(costs)],)
-        new += (_least(x, behind, TABLE, BITS, POINT, R, overlap, PTX),)
+        new += (_least(x, behind, one, TABLE, BITS, POINT, R, overlap, PTX, PRODUCTS),)
     return new
 
 
 @triton.jit
-def _forward(p_x, costs, first, last, p_notes, stride, m_v, TABLE: tl.constexpr, BITS: tl.constexpr,
+def _forward(p_x, costs, first, last, p_notes, stride, m_v, one, TABLE: tl.constexpr, BITS: tl.constexpr,
              POINT: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-             PTX: tl.constexpr):  # fmt: skip
+             PTX: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
     """Costs after the coordinates `first` to `last` (modulo DIM); with KEEP every group's notes are stored."""
     NOTE: tl.constexpr = BITS * GROUP
     A_WORD: tl.constexpr = 32 // NOTE
@@ -86,7 +91,7 @@ def _forward(p_x, costs, first, last, p_notes, stride, m_v, TABLE: tl.constexpr,
     for i in range(first, last, GROUP):
         for r in tl.static_range(GROUP):
             x = tl.load(p_x + (i + r) % DIM * stride, mask=m_v, other=0) << NOTE
-            costs = _stepped(costs, x, TABLE, BITS, POINT, r, PTX)
+            costs = _stepped(costs, x, one, TABLE, BITS, POINT, r, PTX, PRODUCTS)
         if KEEP:
             for w in tl.static_range(WORDS):
                 word = costs[w * A_WORD] & ((1 << NOTE) - 1)
@@ -110,7 +115,7 @@ def _note(p_notes, group, overlap, OVERLAPS: tl.constexpr, NOTE: tl.constexpr, B
 
 
 # Not specialised: what changes from call to call, or Triton compiles anew.
-@triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "tokens", "heads", "start", "count", "tiles"])
+@triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "tokens", "heads", "start", "count", "tiles", "one"])
 def viterbi_kernel(
     p_x,  # int32 [DIM, count]: -2 X without the bits of notes, and norms: what `encode_kernel` makes for METHOD "unit"
     p_norm,
@@ -131,6 +136,7 @@ def viterbi_kernel(
     count,
     tiles,
     step,
+    one,  # 1: see `_text`
     TABLE: tl.constexpr,
     BITS: tl.constexpr,
     POINT: tl.constexpr,  # the bit of a cost that is worth one squared table step
@@ -146,6 +152,7 @@ def viterbi_kernel(
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
     PTX: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """Vectors `tile * BLOCK` and on, for every `num_programs`-th tile."""
     OVERLAPS: tl.constexpr = len(TABLE) >> BITS
@@ -163,10 +170,10 @@ def viterbi_kernel(
         costs = ()
         for _ in tl.static_range(OVERLAPS):
             costs += (tl.full([BLOCK], LOWEST, tl.int32),)
-        costs = _forward(p_x + i_v, costs, DIM - REACH, DIM, p_notes, count, m_v, TABLE, BITS, POINT, GROUP, False,
-                         DIM, BLOCK, PTX)  # fmt: skip
-        costs = _forward(p_x + i_v, costs, DIM, DIM + REACH, p_notes, count, m_v, TABLE, BITS, POINT, GROUP, True, DIM,
-                         BLOCK, PTX)  # fmt: skip
+        costs = _forward(p_x + i_v, costs, DIM - REACH, DIM, p_notes, count, m_v, one, TABLE, BITS, POINT, GROUP, False,
+                         DIM, BLOCK, PTX, PRODUCTS)  # fmt: skip
+        costs = _forward(p_x + i_v, costs, DIM, DIM + REACH, p_notes, count, m_v, one, TABLE, BITS, POINT, GROUP, True,
+                         DIM, BLOCK, PTX, PRODUCTS)  # fmt: skip
         least = costs[0]
         overlap = tl.zeros([BLOCK], tl.int32)
         for o in tl.static_range(1, OVERLAPS):
@@ -182,8 +189,8 @@ def viterbi_kernel(
         costs = ()
         for o in tl.static_range(OVERLAPS):
             costs += (tl.where(overlap == o, LOWEST, LOWEST + FAR),)
-        costs = _forward(p_x + i_v, costs, 0, DIM, p_notes, count, m_v, TABLE, BITS, POINT, GROUP, True, DIM,
-                         BLOCK, PTX)  # fmt: skip
+        costs = _forward(p_x + i_v, costs, 0, DIM, p_notes, count, m_v, one, TABLE, BITS, POINT, GROUP, True, DIM,
+                         BLOCK, PTX, PRODUCTS)  # fmt: skip
         tl.debug_barrier()
         token, i_h, page = i_v % tokens, i_v // tokens % heads, i_v // tokens // heads
         seen = m_v
