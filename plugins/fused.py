@@ -127,7 +127,7 @@ class Side:
 
         if self.window:
             return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits, self.form.into.shape[-1])
-        return fast.lookup(self.form.levels, torch.device("cpu"))
+        return fast.lookup(self.form.levels, torch.device("cpu"), self.form.wide)
 
     @property
     def constants(self):
