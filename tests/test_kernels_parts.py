@@ -5,10 +5,6 @@ import torch
 from decode_helpers import DEVICE, HEADS, check_split, in_pages, in_records, random, side
 from encode_helpers import POISON, even_levels, gaussian_levels, rotation, vectors
 
-from tqcompress import HeadShape, TensorSpec
-from tqcompress.calibrate import Moments
-from tqcompress.plan import build_codec
-from tqcompress.store import TokenStore
 from tqcompress_kernels import decode, dequantize, encode, encode_reference, reference
 from tqcompress_kernels.encode_reference import decode_scale, pack, unpack
 from tqcompress_kernels.packed import Packed, Wide
@@ -153,40 +149,3 @@ def test_dequantize(bits, count, dim, dtype):
     assert torch.equal(again, out)
     out.fill_(-7.0)
     assert (buffer == -7.0).all(), "wrote where it should not"
-
-
-# ------------------------------------------------------------------------------------------------- the backend
-
-
-@pytest.mark.parametrize(
-    ("bits", "options"),
-    [
-        (2.5, {"scale": "log8"}),
-        (3.25, {}),
-        (2, {"outliers": {"channels": 16, "bits": 4}, "balance": "key", "center": True}),
-    ],
-)
-def test_a_store_written_by_kernels_is_what_the_codec_stores(bits, options):
-    from tqcompress.plugins import fused
-
-    codec = build_codec(TensorSpec("turboquant", bits, options), HeadShape(HEADS, 64, "key", BF16)).to(DEVICE)
-    if codec.needs_statistics:
-        x = random(HEADS, 300, 64).double().cpu() * torch.linspace(0.1, 4, 64)
-        second = x.mT @ x / 300
-        codec.fit(Moments(300, x.mean(1), second, torch.eye(64).double().expand(HEADS, 64, 64)))
-    group = fused.FusedGroup(codec, codec, torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))
-    x = vectors(2, 40, 64, BF16)
-    stores = [TokenStore(codec.layout(), 2, HEADS, x.device) for _ in range(2)]
-    stores[0].append(codec.encode(x), 40)
-    stores[1].reserve(40)
-    group.append(codec, x, stores[1])
-    stores[1].length = 40
-    for name, field in codec.layout().fields.items():
-        mine, kernels = (store.read()[name] for store in stores)
-        assert mine.shape[-1] == field.size
-        assert (mine != kernels).float().mean() < 1e-3, name  # ties of float32 products
-    want = reference.stored(group.key.packed(stores[0]), 64, torch.float32)[:, :, :40]
-    got = codec.decode_rotated(stores[0].read())
-    if codec.options.center:
-        got = got - (codec.mean[:, None] @ codec.into)
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
