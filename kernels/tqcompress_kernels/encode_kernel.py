@@ -114,26 +114,20 @@ def encode_kernel(
             _store_units(planes[0] + vector, count, unit, seen, DIM)
             tl.store(scale + vector, tl.sum(rms, 1) * (factor * DIM**0.5), mask=seen)
         else:
-            words, energy = (), tl.zeros((BLOCK,), tl.float32)
-            for p in tl.static_range(len(BITS)):
-                part, square = _quantized_part(
-                    y, rms, levels[p], table + TABLE[p], FIRST[p], END[p], BITS[p], METHOD[p], CORRECT, DIM
-                )
-                words += (part,)
-                energy += square
-            stored = tl.sum(rms, 1) * factor
-            if CORRECT:
-                stored = stored / tl.sqrt(energy)
             if PAGE_TOKENS:
                 slot = tl.load(slots + page * slot_stride + row + lane, mask=seen, other=-1)
                 seen, page, row, lane = slot >= 0, slot // PAGE_TOKENS, slot % PAGE_TOKENS, lane * 0
             else:
                 row += start
-            for p in tl.static_range(len(BITS)):
-                _store_part(
-                    planes, words[p], page, row, head, lane, seen, plane_strides,
-                    FIRST[p], END[p], BITS[p], PLANE[p], PLANE_UNIT, ALIGNED,
+            square = tl.zeros((BLOCK,), tl.float32)
+            for p in tl.static_range(len(BITS)):  # a part's words leave the registers before the next ones come
+                square += _encode_part(
+                    y, rms, levels[p], table + TABLE[p], planes, page, row, head, lane, seen, plane_strides,
+                    FIRST[p], END[p], BITS[p], METHOD[p], PLANE[p], CORRECT, DIM, PLANE_UNIT, ALIGNED,
                 )  # fmt: skip
+            stored = tl.sum(rms, 1) * factor
+            if CORRECT:
+                stored = stored / tl.sqrt(square)
             rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
             tl.store(rows, stored_scale(stored, LOG_SCALE), mask=seen)
     if not COUNT:
@@ -141,24 +135,16 @@ def encode_kernel(
 
 
 @triton.jit
-def _quantized_part(
-    y, rms, levels, table, FIRST: tl.constexpr, END: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr,
-    CORRECT: tl.constexpr, DIM: tl.constexpr,
+def _encode_part(
+    y, rms, levels, table, planes, page, row, head, lane, seen, plane_strides, FIRST: tl.constexpr, END: tl.constexpr,
+    BITS: tl.constexpr, METHOD: tl.constexpr, PLANE: tl.constexpr, CORRECT: tl.constexpr, DIM: tl.constexpr,
+    PLANE_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The words of a part's planes, those of coordinates elsewhere among them, and its share of the mean square."""
-    if END - FIRST < DIM:  # the smallest level, which zeros get, adds nothing to the energy
-        column = tl.arange(0, y.shape[1])[:, None] * y.shape[2] + tl.arange(0, y.shape[2])[None, :]
-        y = tl.where(((column >= FIRST) & (column < END))[None, :, :], y, 0.0)
-    words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
-    return words, tl.sum(energy, 1) / DIM + levels[0] * ((END - FIRST) / DIM)
+    """Store the codes of a part; returns its share of the mean square of the levels.
 
-
-@triton.jit
-def _store_part(
-    planes, words, page, row, head, lane, seen, plane_strides, FIRST: tl.constexpr, END: tl.constexpr,
-    BITS: tl.constexpr, PLANE: tl.constexpr, PLANE_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Store those of the words that are of the part."""
+    All coordinates are quantized, and words of the part are stored: where its words are, threads have those of others.
+    """
+    words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT, FIRST, END, DIM)
     WIDTHS: tl.constexpr = widths(BITS)
     for i in tl.static_range(len(WIDTHS)):
         strides = (
@@ -169,6 +155,7 @@ def _store_part(
             store_words(rows, shuffled(words[i]), seen, 2, FIRST // 16, (END + 15) // 16, ALIGNED)
         else:
             store_words(rows, words[i], seen, WIDTHS[i], FIRST // 8, END // 8, ALIGNED)
+    return tl.sum(energy, 1) / DIM + levels[0] * ((END - FIRST) / DIM)
 
 
 @triton.jit
