@@ -293,6 +293,15 @@ def test_other_units(over):
     assert compression.allocation.allocated_bits <= 2.5 + SCALE
 
 
+def test_choices_may_be_fractions():
+    """head_dim 32: halves."""
+    compression = compress(tiny_model("llama", head_dim=32), recipe(choices=[1.5, 2.5, 4], bits=2.5 + 16 / 32))
+    outcome, found = compression.allocation, {group.key.bits for group in compression.plan.groups}
+    assert found <= {1.5, 2.5, 4}
+    assert outcome.uniform.startswith(("2.5-bit keys, 2.5-bit values", "4-bit keys", "1.5-bit keys"))
+    assert max(outcome.allocated_bits, outcome.uniform_bits) <= 2.5 + 16 / 32 + 1e-9
+
+
 def test_given_bits_and_the_rest_of_the_recipe_stay():
     model = tiny_model("gemma3")  # layers 0 and 2 are sliding
     rules = [{"layers": 1, "heads": 1, "key": {"bits": 8, "rotation": "dense"}}]

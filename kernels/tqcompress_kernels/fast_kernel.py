@@ -13,14 +13,11 @@ and an eighth g of the rows of tokens `4 i + c` of the values.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .fast_operands import (
     LIMIT,
-    arguments,
     code_bits,
-    expand,
-    half_words,
     is_trellis,
     is_uniform,
     join_fixed,
@@ -28,15 +25,12 @@ from .fast_operands import (
     key_tables,
     main_bits,
     per_head,
-    plan,
     query_operands,
-    side_by_side,
-    store_rows,
-    two_lookups,
     value_tables,
     word_count,
     zero_point,
 )  # fmt: skip
+from .fast_products import add_values, key_products, no_values, store_values
 from .fast_tiles import (
     by_row,
     copy_side,
@@ -56,63 +50,11 @@ from .fast_trellis import (
     load_table,
     string_scales,
     trellis_key_operands,
-    trellis_value_operands,
     value_strings,
     warp_barrier,
 )
-from .fast_wide import copy_wide, key_products, wide_key_operands, wide_ring, wide_rows, wide_value_words
+from .fast_wide import copy_wide, wide_key_operands, wide_ring, wide_rows, wide_value_words
 from .overlap import let_next_start, wait_for_previous
-
-
-@gluon.jit
-def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, MMA: gl.constexpr):
-    """Accumulator `i` of a word for this tile: the operands of two codes times the weights."""
-    r = gl.zeros([16, P.shape[1]], gl.int32, MMA)
-    if two_lookups(VALUE):
-        a = gl.convert_layout(side_by_side(o[4 * i], o[4 * i + 2], 0), A8, assert_trivial=True)
-        r = mma_v2(a, P, r)
-        a = gl.convert_layout(side_by_side(o[4 * i + 1], o[4 * i + 3], 0), A8, assert_trivial=True)
-        return mma_v2(a, P, r)
-    else:
-        a = gl.convert_layout(side_by_side(o[2 * i], o[2 * i + 1], 0), A8, assert_trivial=True)
-        return mma_v2(a, P, r)
-
-
-@gluon.jit
-def add_values(VALUE: gl.constexpr, WORDS: gl.constexpr, words, high, tables, acc, P, shrink, grow, A8: gl.constexpr,
-               MMA: gl.constexpr):  # fmt: skip
-    """The accumulators after a tile, of which `words` are the words, or strings of trellis codes."""
-    OUTS: gl.constexpr = plan("value", VALUE, "codes") // 2  # accumulators a word
-    if not is_trellis(VALUE):
-        if code_bits(VALUE) == 1:
-            words = half_words(words, WORDS)
-        high = half_words(high, WORDS) if code_bits(VALUE) == 3 else words
-    new = ()
-    for u in gl.static_range(WORDS):
-        if is_trellis(VALUE):
-            o = trellis_value_operands(VALUE, words, u, tables)
-        else:
-            o = expand("value", VALUE, 0, arguments(VALUE, words[u], high[u], tables))
-        for i in gl.static_range(OUTS):
-            r = value_product(VALUE, o, i, P, A8, MMA)
-            new = new + (acc[OUTS * u + i] * shrink + join_fixed(r) * grow,)
-    return new
-
-
-@gluon.jit
-def no_values(COUNT: gl.constexpr, C: gl.constexpr, L: gl.constexpr):
-    """`COUNT` accumulators."""
-    acc = ()
-    for _ in gl.static_range(COUNT):
-        acc = acc + (gl.zeros([16, C], gl.float32, L),)
-    return acc
-
-
-@gluon.jit
-def store_values(p, acc, scale, weight, VALUE: gl.constexpr, WORDS: gl.constexpr, D: gl.constexpr, ok):
-    """All accumulators, `store_rows` each."""
-    for i in gl.static_range(len(acc)):
-        store_rows(p, acc[i], i, scale, weight, VALUE, WORDS, D, ok)
 
 
 @gluon.jit

@@ -7,9 +7,8 @@ both planes)`. The scales are those of the other coordinates.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fast_operands import code_bits, join_fixed, key_operands, main_bits, side_by_side
+from .fast_operands import code_bits, key_operands, main_bits
 from .fast_tiles import copy_planes, key_planes, plane_ring, value_tile
 
 
@@ -38,16 +37,6 @@ def copy_wide(KIND: gl.constexpr, buffers, stage, rows, s, end, D: gl.constexpr,
     """Start copying a whole tile."""
     bits: gl.constexpr = main_bits(KIND)
     copy_planes(buffers, stage, rows, s, end, D, bits, code_bits(KIND) == 3, ROW, HIGH_ROW, table, PAGE)
-
-
-@gluon.jit
-def key_products(operands, queries, T: gl.constexpr, N: gl.constexpr, A8: gl.constexpr, MMA: gl.constexpr):
-    """The products of keys and queries, float32 `[T, N // 2]`."""
-    S = gl.zeros([T, N], gl.int32, MMA)
-    for i in gl.static_range(len(operands) // 2):
-        a = side_by_side(operands[2 * i], operands[2 * i + 1], 1)
-        S = mma_v2(gl.convert_layout(a, A8, assert_trivial=True), queries[i], S)
-    return join_fixed(S)
 
 
 @gluon.jit
