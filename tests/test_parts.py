@@ -10,11 +10,12 @@ from tiny import prompt, tiny_model
 from transformers import DynamicCache
 
 import tqcompress
-from tqcompress import RecipeError
+from tqcompress import RecipeError, TensorSpec
 from tqcompress.api import compression_of
 from tqcompress.calibrate import Moments, Statistics
 from tqcompress.parts import bring_forward, wide_coordinates
 from tqcompress.plan import Plan
+from tqcompress.report import describe
 from tqcompress.shape import LayerShape, ModelShape
 
 DIM = 64
@@ -67,7 +68,7 @@ def sizes_with(large: list[int], size: float = 6.0) -> torch.Tensor:
 
 def fitted(bits: float, found: Moments, side: str = "value", **options):
     codec = tqcompress.plan.build_codec(
-        tqcompress.TensorSpec("turboquant", bits, options), tqcompress.HeadShape(HEADS, DIM, side, torch.bfloat16)
+        TensorSpec("turboquant", bits, options), tqcompress.HeadShape(HEADS, DIM, side, torch.bfloat16)
     )
     codec.fit(found)
     return codec
@@ -136,9 +137,13 @@ def test_some_heads_have_their_own_channels():
 
 
 def test_a_recipe_gives_outliers_to_both_sides_and_rules_take_them_away():
-    rules = [{"layers": 1, "key": {"outliers": None}}, {"layers": 2, "key": {"bits": 2.5, "outliers": None}}]
+    rules = [{"layers": 1, "heads": 1, "key": {"outliers": None}}, {"layers": 1, "heads": 0, "key": {"outliers": None}}]
+    rules += [{"layers": 2, "key": {"bits": 2.5, "outliers": None}}]
     model = ModelShape("tiny", "llama", torch.bfloat16, (FULL,) * 3, "None")
     plan = resolved(model, key={"bits": 2}, value={"bits": 2}, outliers=OUTLIERS, rules=rules)
+    assert [len(plan.layer_groups(i)) for i in range(3)] == [1, 1, 1]
+    assert plan.layer_groups(1)[0].key == TensorSpec("turboquant", 2)
+    assert describe(plan.layer_groups(0)[0].key) == "2 bit turboquant outliers=(bits=4 channels=16)"
     bits = [[row[0] for row in plan.head_bits(side)] for side in ("key", "value")]
     assert bits == [[2.75, 2.25, 2.75], [2.75] * 3]
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict())), plan.model) == plan

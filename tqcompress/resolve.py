@@ -52,7 +52,8 @@ class _Setting:
 
     def spec(self, shape: HeadShape, source: str) -> TensorSpec:
         """The checked spec. Raises `RecipeError` naming the path of the offending key."""
-        values = {key: value for key, (value, _) in self.keys.items()}
+        nothing = _defaults_to_none(self.quantizer[0])  # null takes back what was said before
+        values = {key: value for key, (value, _) in self.keys.items() if value is not None or key not in nothing}
         paths = {key: path for key, (_, path) in self.keys.items()} | {"quantizer": self.quantizer[1]}
         if "bits" not in values:
             raise RecipeError(f"{source}: {shape.side}.bits: missing; give the bits of a {shape.side}, or a budget")
@@ -149,6 +150,13 @@ def _keys_of(quantizer: str) -> list[str]:
     """The recipe keys that a quantizer understands; none if it is not installed, which `spec` refuses."""
     registry = plugins().registry
     return list(registry.codec(quantizer).Options.model_fields) if quantizer in registry.names() else []
+
+
+def _defaults_to_none(quantizer: str) -> list[str]:
+    """Those of its keys that null leaves out."""
+    registry = plugins().registry
+    fields = registry.codec(quantizer).Options.model_fields if quantizer in registry.names() else {}
+    return [key for key, field in fields.items() if not field.is_required() and field.default is None]
 
 
 def _specs(settings: dict[str, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:
