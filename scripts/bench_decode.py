@@ -23,7 +23,7 @@ import triton
 from dense_decode import dense_decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tqcompress_kernels import decode, fast, tuning
+from tqcompress_kernels import decode, fast, plain, tuning
 from tqcompress_kernels.packed import Packed, Wide, plane_widths
 
 # batch, query heads, KV heads, head_dim, context
@@ -138,7 +138,9 @@ def one(shape: tuple, pair: str, dense: dict[str, float], bandwidth: float, swee
     bf16 = min(time for name, time in dense.items() if "bf16" in name)
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     key, value = (packed(shape, kind) for kind in kinds_of(pair))
-    split = fast.FastSplit(*(fast.lookup(side.levels, query.device, side.wide) for side in (key, value)))
+    lookups = [fast.lookup(side.levels, query.device, side.wide) for side in (key, value)]
+    obstacle = fast.obstacle(*lookups, dim, query.device)
+    split = plain.split if obstacle else fast.FastSplit(*lookups)
     basis = torch.eye(dim, device="cuda")[None]
     none = query.new_empty(batch, shape[2], 0, dim)
 
@@ -153,7 +155,8 @@ def one(shape: tuple, pair: str, dense: dict[str, float], bandwidth: float, swee
     time = microseconds(step)
     print(
         f"  K{pair:14}{time:8.1f} us  {bf16 / time:5.2f}x bf16  {dense['fp8 triton'] / time:5.2f}x fp8  "
-        f"{nbytes / time / 1e3:6.0f} GB/s ({limit / time:4.0%} of the roofline, {bf16 / limit:.2f}x)",
+        f"{nbytes / time / 1e3:6.0f} GB/s ({limit / time:4.0%} of the roofline, {bf16 / limit:.2f}x)"
+        + (f" plain kernel: {obstacle}" if obstacle else ""),
         flush=True,
     )
     if sweep:
