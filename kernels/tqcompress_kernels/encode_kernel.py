@@ -13,6 +13,12 @@ from .storage import offset_of, shuffled, store_words
 from .tiles import widths
 
 
+@triton.constexpr_function
+def method_of(methods, p):
+    """A text of a tuple; as an argument the subscription alone is none that Triton 3.6 takes."""
+    return methods[p]
+
+
 @triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "batch", "tokens", "start", "tiles", "per"])
 def encode_kernel(
     x,
@@ -79,7 +85,7 @@ def encode_kernel(
     matrix += head * head_stride
     levels = ()
     for p in tl.static_range(len(BITS)):
-        levels += (levels_of(table + TABLE[p], BITS[p], METHOD[p]),)
+        levels += (levels_of(table + TABLE[p], BITS[p], method_of(METHOD, p)),)
     if RESIDENT:
         held = _terms_of_matrix(matrix, 0, SIZE, SIZE, M_TERMS, term_stride, DOT)
     for tile in tl.range(first, tl.minimum(first + per, tiles)):
@@ -107,7 +113,7 @@ def encode_kernel(
         y = tl.permute(tl.reshape(y, (BLOCK, LANES // 4, SIZE // LANES // 2, 4, 2)), (0, 1, 3, 2, 4))
         y = tl.reshape(y, (BLOCK, LANES, SIZE // LANES) if BLOCK > 1 else (1, SIZE // 8, 8))
         rms = tl.sqrt(tl.sum(tl.sum(y * y, 2), 1, keep_dims=True) / DIM)
-        if METHOD[0] == "unit":
+        if method_of(METHOD, 0) == "unit":
             vector = (page * tl.num_programs(1) + head) * tokens + row + lane
             count = tl.num_programs(1).to(tl.int64) * batch * tokens
             unit = y * (levels[0][0] / tl.maximum(rms, TINY))[:, :, None]
@@ -123,7 +129,7 @@ def encode_kernel(
             for p in tl.static_range(len(BITS)):  # a part's words leave the registers before the next ones come
                 square += _encode_part(
                     y, rms, levels[p], table + TABLE[p], planes, page, row, head, lane, seen, plane_strides,
-                    FIRST[p], END[p], BITS[p], METHOD[p], PLANE[p], CORRECT, DIM, PLANE_UNIT, ALIGNED,
+                    FIRST[p], END[p], BITS[p], method_of(METHOD, p), PLANE[p], CORRECT, DIM, PLANE_UNIT, ALIGNED,
                 )  # fmt: skip
             stored = tl.sum(rms, 1) * factor
             if CORRECT:

@@ -105,6 +105,14 @@ def decode_kernel(
     VALUE_WORDS: gl.constexpr = word_count("value", VALUE, VD)
     WK: gl.constexpr = WIDE_KEY[1]  # how many of the first coordinates have more bits; KEY, KD ... are of the others
     WV: gl.constexpr = WIDE_VALUE[1]
+    WK_KIND: gl.constexpr = WIDE_KEY[0]
+    WV_KIND: gl.constexpr = WIDE_VALUE[0]
+    WK_D: gl.constexpr = WIDE_KEY[2]
+    WV_D: gl.constexpr = WIDE_VALUE[2]
+    WK_ROW: gl.constexpr = WIDE_KEY[3]
+    WV_ROW: gl.constexpr = WIDE_VALUE[3]
+    WK_HIGH_ROW: gl.constexpr = WIDE_KEY[4]
+    WV_HIGH_ROW: gl.constexpr = WIDE_VALUE[4]
     OL: gl.constexpr = join_fixed(gl.zeros([16, N], gl.int32, MMA)).type.layout
     SL: gl.constexpr = join_fixed(gl.zeros([T, N], gl.int32, MMA)).type.layout
     HEAD: gl.constexpr = gl.SliceLayout(0, SL)
@@ -144,13 +152,13 @@ def decode_kernel(
 
     if WK > 0:
         k_rows = wide_rows(wide_key, first, h)
-        wk_ring = wide_ring(WIDE_KEY[0], BUFFERS, T, WIDE_KEY[2])
-        wk_tables = key_tables(wide_key[2], WIDE_KEY[0], T)
+        wk_ring = wide_ring(WK_KIND, BUFFERS, T, WK_D)
+        wk_tables = key_tables(wide_key[2], WK_KIND, T)
     if WV > 0:
         v_rows = wide_rows(wide_value, first, h)
-        wv_ring = wide_ring(WIDE_VALUE[0], BUFFERS, T, WIDE_VALUE[2])
-        wv_tables = value_tables(wide_value[2], WIDE_VALUE[0], T)
-        wide_acc = no_values(WIDE_VALUE[2] // 16, C, OL)
+        wv_ring = wide_ring(WV_KIND, BUFFERS, T, WV_D)
+        wv_tables = value_tables(wide_value[2], WV_KIND, T)
+        wide_acc = no_values(WV_D // 16, C, OL)
 
     # Whole tiles come through a ring of shared-memory buffers, copied `STAGES - 1` tiles ahead of their use.
     K_NAME: gl.constexpr = "tq_keys"
@@ -170,11 +178,9 @@ def decode_kernel(
             copy_ahead(KEY, K_NAME, KP, k_ring, ahead, keys, coming, end, D - WK, KR, KHR, p_pages, PAGE, T)
             copy_ahead(VALUE, V_NAME, VP, v_ring, ahead, values, coming, end, D - WV, VR, VHR, p_pages, PAGE, T)
             if WK > 0:
-                copy_wide(WIDE_KEY[0], wk_ring, ahead, k_rows, coming, end, WK, WIDE_KEY[3], WIDE_KEY[4], p_pages, PAGE)
+                copy_wide(WK_KIND, wk_ring, ahead, k_rows, coming, end, WK, WK_ROW, WK_HIGH_ROW, p_pages, PAGE)
             if WV > 0:
-                copy_wide(
-                    WIDE_VALUE[0], wv_ring, ahead, v_rows, coming, end, WV, WIDE_VALUE[3], WIDE_VALUE[4], p_pages, PAGE
-                )
+                copy_wide(WV_KIND, wv_ring, ahead, v_rows, coming, end, WV, WV_ROW, WV_HIGH_ROW, p_pages, PAGE)
         async_copy.commit_group()
 
     k_tables = key_tables(k_table, KEY, T)
@@ -192,11 +198,11 @@ def decode_kernel(
         offset = zero_point(total, KEY, HEAD)
     if WK > 0:
         wide_queries, top, total = query_operands(
-            p_query, WIDE_KEY[0], word_count("key", WIDE_KEY[0], WIDE_KEY[2]), WK, D, COLUMNS, N, B8
+            p_query, WK_KIND, word_count("key", WK_KIND, WK_D), WK, D, COLUMNS, N, B8
         )
         wide_gain = per_head(top, HEAD) * (wide_key[3] * scaling / LIMIT)
-        if is_uniform(WIDE_KEY[0]):
-            wide_offset = zero_point(total, WIDE_KEY[0], HEAD)
+        if is_uniform(WK_KIND):
+            wide_offset = zero_point(total, WK_KIND, HEAD)
     bias = gl.zeros([C], gl.float32, HEAD)
     if BIAS:
         bias = gl.load(p_bias + row * all_columns + head, mask=head < COLUMNS, other=0.0)
@@ -216,12 +222,10 @@ def decode_kernel(
                 copy_ahead(KEY, K_NAME, KP, k_ring, free, keys, coming, end, D - WK, KR, KHR, p_pages, PAGE, T)
                 copy_ahead(VALUE, V_NAME, VP, v_ring, free, values, coming, end, D - WV, VR, VHR, p_pages, PAGE, T)
                 if WK > 0:
-                    copy_wide(
-                        WIDE_KEY[0], wk_ring, free, k_rows, coming, end, WK, WIDE_KEY[3], WIDE_KEY[4], p_pages, PAGE
-                    )
+                    copy_wide(WK_KIND, wk_ring, free, k_rows, coming, end, WK, WK_ROW, WK_HIGH_ROW, p_pages, PAGE)
                 if WV > 0:
                     copy_wide(
-                        WIDE_VALUE[0], wv_ring, free, v_rows, coming, end, WV, WIDE_VALUE[3], WIDE_VALUE[4], p_pages,
+                        WV_KIND, wv_ring, free, v_rows, coming, end, WV, WV_ROW, WV_HIGH_ROW, p_pages,
                         PAGE,
                     )  # fmt: skip
                 async_copy.commit_group()
@@ -245,11 +249,11 @@ def decode_kernel(
                 scores = scores - offset[None, :]
             if WK > 0:
                 operands = wide_key_operands(
-                    WIDE_KEY[0], wk_ring, stage, k_rows, s, end, WIDE_KEY[2], WK, WIDE_KEY[3], WIDE_KEY[4], p_pages,
+                    WK_KIND, wk_ring, stage, k_rows, s, end, WK_D, WK, WK_ROW, WK_HIGH_ROW, p_pages,
                     PAGE, T, part == 1, wk_tables,
                 )  # fmt: skip
                 more = key_products(operands, wide_queries, T, N, A8, MMA)
-                if is_uniform(WIDE_KEY[0]):
+                if is_uniform(WK_KIND):
                     more = more - wide_offset[None, :]
                 scores = (scores * gain[None, :] + more * wide_gain[None, :]) * by_row(ks, scores)[:, None]
             else:
@@ -282,7 +286,7 @@ def decode_kernel(
             grow = grow * (vmax / LIMIT)
             # 1.5 * 2**23 puts the integer into the low bits of the float; the 128 rounds the high byte.
             x = gl.fma(p, by_row(vs * (LIMIT / vmax), scores)[:, None] + gl.zeros_like(p), gl.full_like(p, 12583040.0))
-            if is_uniform(VALUE) or (WV > 0 and is_uniform(WIDE_VALUE[0])):
+            if is_uniform(VALUE) or (WV > 0 and is_uniform(WV_KIND)):
                 weight = weight * shrink + grow * gl.sum(x - 12583040.0, 0)
             bits = x.to(gl.int32, bitcast=True)
             P = gl.join((bits >> 8).to(gl.int8), (bits ^ 128).to(gl.int8))
@@ -300,11 +304,11 @@ def decode_kernel(
             acc = add_values(VALUE, VALUE_WORDS, v_words, v_high, v_tables, acc, P, shrink_o, grow_o, A8, MMA)
             if WV > 0:
                 v_words, v_high = wide_value_words(
-                    WIDE_VALUE[0], wv_ring, stage, v_rows, s, end, WIDE_VALUE[2], WV, WIDE_VALUE[3], WIDE_VALUE[4],
+                    WV_KIND, wv_ring, stage, v_rows, s, end, WV_D, WV, WV_ROW, WV_HIGH_ROW,
                     p_pages, PAGE, T, part == 1,
                 )  # fmt: skip
                 wide_acc = add_values(
-                    WIDE_VALUE[0], word_count("value", WIDE_VALUE[0], WIDE_VALUE[2]), v_words, v_high, wv_tables,
+                    WV_KIND, word_count("value", WV_KIND, WV_D), v_words, v_high, wv_tables,
                     wide_acc, P, shrink_o, grow_o, A8, MMA,
                 )  # fmt: skip
             if part == 0:
@@ -320,8 +324,8 @@ def decode_kernel(
     )
     if WV > 0:
         store_values(
-            p_out, wide_acc, scale_o * wide_value[3], weight_o * wide_value[3], WIDE_VALUE[0],
-            word_count("value", WIDE_VALUE[0], WIDE_VALUE[2]), WV, col < COLUMNS,
+            p_out, wide_acc, scale_o * wide_value[3], weight_o * wide_value[3], WV_KIND,
+            word_count("value", WV_KIND, WV_D), WV, col < COLUMNS,
         )  # fmt: skip
     lse = gl.where(mass > 0.0, m + gl.log2(mass), -float("inf"))
     gl.store(p_lse + o_out + head, lse, mask=head < COLUMNS)
