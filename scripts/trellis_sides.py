@@ -43,4 +43,4 @@ def lookup_of(side: Packed, per: int | None = None, copies: int | None = None, o
     if side.window:
         dim = side.planes[0].shape[-1] * 8 // side.bits
         return fast.trellis_lookup(side.levels, side.step, side.bits, dim, per, copies, of_keys)
-    return fast.lookup(side.levels, side.levels.device)
+    return fast.lookup(side.levels, side.levels.device, side.wide)

@@ -24,7 +24,7 @@ from tqcompress_kernels.dequantize import dequantize  # noqa: E402
 from tqcompress_kernels.encode import encode, encoder  # noqa: E402
 from tqcompress_kernels.encode_reference import pack  # noqa: E402
 from tqcompress_kernels.encode_trellis import trellis_encoder  # noqa: E402
-from tqcompress_kernels.packed import Packed  # noqa: E402
+from tqcompress_kernels.packed import Packed, Wide  # noqa: E402
 from tqcompress_kernels.prepare import prepare  # noqa: E402
 from tqcompress_kernels.ring import empty_ring  # noqa: E402
 from tqcompress_kernels.step import Constants, Side, ring_step  # noqa: E402
@@ -134,6 +134,23 @@ def int8(key_levels: list[int], value_levels: list[int], dim: int, columns: int,
     )  # fmt: skip
 
 
+def parts(bits: tuple[int, int], count: int, dim: int, int8: bool, tokens: int = 200) -> None:
+    """Compile what vectors need whose first `count` coordinates have `bits[0]` bits and the others `bits[1]`."""
+    tables = {1: [1], 2: L2, 3: L3, 4: L4}
+    first, levels = (torch.tensor([-x for x in tables[b][::-1]] + tables[b]).float() for b in bits)
+    wide, sizes = Wide(count, first, bits[0]), (count, dim - count)
+    planes = sum((packed(b, 512, n, False, False).planes for b, n in zip(bits, sizes, strict=True)), ())
+    side = packed(bits[1], 512, dim, False, False)._replace(planes=planes, levels=levels, wide=wide)
+    read = fast.FastSplit(*[fast.lookup(levels, torch.device("cpu"), wide)] * 2) if int8 else plain.split
+    read(
+        torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4), side, side, torch.zeros(1, 2, 3, 4, dim),
+        torch.zeros(1, 2, 3, 4), 256, None, None, None, 0.1, None,
+    )  # fmt: skip
+    x = torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16)
+    encode(x, side.planes, side.scale, 0, encoder(torch.eye(dim)[None], None, levels, "fp16", wide=wide))
+    dequantize(side, x, 0)
+
+
 def coding(bits: int, dim: int, tokens: int) -> None:
     """Compile `encode` and `dequantize`."""
     side = packed(bits, 512, dim, False, False)
@@ -197,6 +214,7 @@ ONCE = {
         lambda: split((8, 5), 80, 4, False),
         lambda: ends(torch.float16, 64),
         lambda: int8(L4, [1, 3], 64, 4),
+        lambda: parts((4, 2), 16, 64, True),
         lambda: attention(torch.float32, 128),
         lambda: trellis(64, 2, 3, 128),
     ],
@@ -213,6 +231,8 @@ ONCE = {
         lambda: step(torch.float16, True),
         lambda: trellis(64, 3, 3, 128, 64),
         lambda: trellis(64, 2, 4, 256),
+        lambda: parts((3, 2), 64, 128, True),
+        lambda: parts((3, 2), 32, 128, False),
         lambda: trellis(64, 3, 2, 64),
     ],
     "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],

@@ -151,6 +151,22 @@ def test_uniform_values_come_out_across_tokens(bits, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_values_of_half_words_come_out_as_levels_across_tokens(bits, odd, seed):
+    """8 of 16 codes, the first or the last; of shuffled high bits a lane has those of both, shifted if it is odd."""
+    tokens, words, high = value_inputs(bits, seed)
+    junk = random.Random(seed).randrange(1 << 16) << 16
+    words = [word >> 16 * odd & 0xFFFF | junk for word in words]
+    high = [word >> 2 * odd for word in high]
+    levels = levels_of(bits).int().tolist()
+    text, outputs = fast_asm.value_half(bits)
+    out = run(text, outputs, words + high + [x for word in table_words(bits) for x in [word] * 4])
+    for code in range(8):
+        assert signed(out[code]) == [levels[codes[8 * odd + code]] for codes in tokens]
+
+
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_values_come_out_as_levels_across_tokens(bits, seed):
     tokens, words, high = value_inputs(bits, seed)

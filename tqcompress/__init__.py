@@ -6,7 +6,7 @@ tqcompress.remove(model)
 """
 
 from .api import apply, load, remove, save
-from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels
+from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels, WideLevels
 from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
 from .hf import TQCompressConfig
 from .hookspecs import hookimpl
@@ -32,6 +32,7 @@ __all__ = [
     "TQCompressError",
     "TensorSpec",
     "TrellisLevels",
+    "WideLevels",
     "__version__",
     "apply",
     "hookimpl",

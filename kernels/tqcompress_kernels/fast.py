@@ -13,7 +13,7 @@ from torch import Tensor
 from . import overlap, trellis_asm, tuning
 from .fast_kernel import decode_kernel
 from .launch import launch
-from .packed import Packed, is_uniform
+from .packed import Packed, Wide, is_uniform
 
 LANES = 32
 TABLE_BYTES = 16 << 10  # of shared memory for the table of a trellis; for copies of it half of that above 2 bits
@@ -26,12 +26,14 @@ class Lookup:
     """How a side's codes become integers: `kind` of `fast_kernel`, its table on the device, and the unit.
 
     Kind "u4" means uniform levels `(code - 7.5) * step`; "t4" any levels that are integers times `step`; "w4..." codes
-    of a trellis, see `trellis_asm.Kind`.
+    of a trellis, see `trellis_asm.Kind`. `wide`: that of the first `wide_dim` coordinates, if they have other levels.
     """
 
     kind: str
     table: Tensor
     step: float
+    wide: "Lookup | None" = None
+    wide_dim: int = 0
 
     @property
     def bits(self) -> int:
@@ -45,11 +47,19 @@ class Lookup:
 
     def to(self, device: torch.device) -> "Lookup":
         """The same on another device."""
-        return replace(self, table=self.table.to(device))
+        return replace(self, table=self.table.to(device), wide=self.wide and self.wide.to(device))
+
+    def parts(self, dim: int) -> "list[tuple[int, Lookup]]":
+        """The number of coordinates, of `dim`, of each part and its lookup, the wide one last."""
+        return [(dim - self.wide_dim, self)] + ([(self.wide_dim, self.wide)] if self.wide else [])
 
 
-def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
-    """The lookup for ascending symmetric `levels` `[2**bits]`, or why there is none."""
+def lookup(levels: Tensor, device: torch.device, wide: Wide | None = None) -> "Lookup | str":
+    """The lookup for ascending symmetric `levels` `[2**bits]`, or why there is none; `wide` has those of wide codes."""
+    if wide is not None:
+        first, rest = lookup(wide.levels, device), lookup(levels, device)
+        wrong = [found for found in (first, rest) if isinstance(found, str)]
+        return wrong[0] if wrong else replace(rest, wide=first, wide_dim=wide.dim)
     values = levels.double().cpu()
     count = len(values)
     bits = count.bit_length() - 1
@@ -152,10 +162,16 @@ def _words(numbers: Tensor) -> list[int]:
     return [int.from_bytes(bytes(data[i : i + 4]), "little", signed=True) for i in range(0, len(data), 4)]
 
 
-def padded(dim: int, bits: int, key: bool) -> int:
-    """The head_dim that the kernel's tile of one side covers."""
-    least = 128 if bits in (1, 3) or (not key and bits == 2) else 64
+def padded(dim: int, kind: str, key: bool) -> int:
+    """Of `dim` coordinates, how many the kernel's tile of one side covers."""
+    least = 128 if kind == "u1" or (kind == "u2" and not key) else 32 if kind[1] == "4" and key else 64
     return max(least, 1 << (dim - 1).bit_length())
+
+
+def kind_of(found: Lookup, dim: int, key: bool) -> str:
+    """The kind that reads `dim` coordinates: a lane has half a word of each row of 64 values of 2 or 3 bits."""
+    half = not key and found.kind in ("t2", "t3") and padded(dim, found.kind, key) == 64
+    return f"h{found.bits}" if half else found.kind
 
 
 def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch.device) -> str | None:
@@ -169,9 +185,9 @@ def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch
             if dim not in (64, 128, 256):
                 return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 64, 128 and 256"
             continue
-        narrowest = 1 if found.bits == 3 else found.bits
-        if dim * narrowest % 32:
-            return f"{side} rows of {dim} codes are not whole 32-bit words"
+        for count, one in found.parts(dim):
+            if count * (1 if one.bits == 3 else one.bits) % 32:
+                return f"{side} rows of {count} codes are not whole 32-bit words"
     return None
 
 
@@ -212,8 +228,11 @@ class FastSplit:
         _check(key, "key", page, tile)
         _check(value, "value", page, tile)
         stages, rings = self._rings(key, value, dim, tile, stages)
-        kc, kh, vc, vh = key.planes[0], key.planes[-1], value.planes[0], value.planes[-1]
         none = lse  # stands for tensors that are not there
+        (*wide_keys, (_, _, keys)), (*wide_values, (_, _, values)) = key.parts(dim), value.parts(dim)
+        kc, kh, vc, vh = keys.planes[0], keys.planes[-1], values.planes[0], values.planes[-1]
+        wide_key, k_constants = _wide(self.key, wide_keys, True, none)
+        wide_value, v_constants = _wide(self.value, wide_values, False, none)
         launch(
             decode_kernel, (batch * kv_heads, partial.shape[2]),
             rotated, none if bias is None else bias, kc, kh, key.scale, self.key.table, vc, vh, value.scale,
@@ -223,14 +242,16 @@ class FastSplit:
             *kc.stride()[:2], *kh.stride()[:2], *key.scale.stride()[:2],
             *vc.stride()[:2], *vh.stride()[:2], *value.scale.stride()[:2],
             0 if mask is None else mask.stride(0), 0 if block_table is None else block_table.stride(0),
-            KEY=self.key.kind, VALUE=self.value.kind, D=dim,
+            wide_key, wide_value,
+            KEY=self.key.kind, VALUE=kind_of(self.value, dim - self.value.wide_dim, False), D=dim,
             KD=self._padded(dim, True), VD=self._padded(dim, False),
             COLUMNS=columns, C=max(4, 1 << (columns - 1).bit_length()), T=tile, PAGE=page,
             KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
             VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
             SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
             BUFFERS=self._buffers(key, value, dim, tile, stages), RINGS=rings,
-            PIECES=(_piece(key, self.key, dim), _piece(value, self.value, dim)), num_warps=1,
+            PIECES=(_piece(key, self.key, dim), _piece(value, self.value, dim)), WIDE_KEY=k_constants,
+            WIDE_VALUE=v_constants, num_warps=1,
             **overlap.launch_options(rotated.device),
         )  # fmt: skip
 
@@ -244,18 +265,24 @@ class FastSplit:
         if not overlap.overlaps(device) or self.key.trellis or self.value.trellis:
             return stages
         scales = key.scale.element_size() + value.scale.element_size()
-        codes = self._padded(dim, True) * self.key.bits + self._padded(dim, False) * self.value.bits
-        return max(stages, _room(device) // (tile * (codes // 8 + scales)))
+        codes = self._row(dim, True) + self._row(dim, False)
+        return max(stages, _room(device) // (tile * (codes + scales)))
 
     def _padded(self, dim: int, key: bool) -> int:
-        """The head_dim of one side's tile."""
+        """How many coordinates one side's tile covers, wide ones left out."""
         side = self.key if key else self.value
-        return dim if side.trellis else padded(dim, side.bits, key)
+        return dim if side.trellis else padded(dim - side.wide_dim, side.kind, key)
+
+    def _row(self, dim: int, key: bool) -> int:
+        """Bytes of a row of one side's codes in shared memory."""
+        side = self.key if key else self.value
+        wide = padded(side.wide_dim, side.wide.kind, key) * side.wide.bits if side.wide else 0
+        return (self._padded(dim, key) * side.bits + wide) // 8
 
     def _used(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> list[int]:
         """Bytes of shared memory, where one side has trellis codes: of keys, of values, of scales and of tables."""
         tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
-        rows = [self._padded(dim, side is self.key) * side.bits // 8 for side in (self.key, self.value)]
+        rows = [self._row(dim, True), self._row(dim, False)]
         rows.append(key.scale.element_size() + value.scale.element_size())
         return [stages * tile * row for row in rows] + [sum(tables.values())]
 
@@ -281,6 +308,16 @@ class FastSplit:
         if not (self.key.trellis or self.value.trellis) or key.scale.device.type != "cuda":
             return 64
         return 64 if sum(self._used(key, value, dim, 64, stages)) <= _room(key.scale.device) else 32
+
+
+def _wide(found: Lookup, parts: list, key: bool, none: Tensor) -> tuple[tuple, tuple]:
+    """What `fast_wide` knows of the first coordinates of a side: tensors and numbers, and constants."""
+    if not parts:
+        return (none,), ("", 0, 0, 0, 0)
+    (_, count, part), one = parts[0], found.wide
+    main, high = part.planes[0], part.planes[-1]
+    constants = kind_of(one, count, key), count, padded(count, one.kind, key), main.stride(2), high.stride(2)
+    return (main, high, one.table, one.step, *main.stride()[:2], *high.stride()[:2]), constants
 
 
 def _piece(side: Packed, found: Lookup, dim: int) -> int:
