@@ -123,13 +123,13 @@ class Side:
     @cached_property
     def lookup(self):
         """How the int8 kernel reads the codes, on the CPU, or why it cannot."""
-        from tqcompress_kernels import fast
+        from tqcompress_kernels import lookups
 
         if self.window:
             form, shape = self.form, self.codec.shape
             of_keys = shape.side == "key"
-            return fast.trellis_lookup(form.levels, form.step, form.bits, shape.head_dim, registers=of_keys)
-        return fast.lookup(self.form.levels, torch.device("cpu"), self.form.wide)
+            return lookups.trellis_lookup(form.levels, form.step, form.bits, shape.head_dim, registers=of_keys)
+        return lookups.lookup(self.form.levels, torch.device("cpu"), self.form.wide)
 
     @property
     def constants(self):

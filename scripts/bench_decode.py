@@ -23,7 +23,7 @@ import triton
 from dense_decode import dense_decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tqcompress_kernels import decode, fast, plain, tuning
+from tqcompress_kernels import decode, fast, lookups, plain, tuning
 from tqcompress_kernels.packed import Packed, Wide, plane_widths
 
 # batch, query heads, KV heads, head_dim, context
@@ -138,9 +138,9 @@ def one(shape: tuple, pair: str, dense: dict[str, float], bandwidth: float, swee
     bf16 = min(time for name, time in dense.items() if "bf16" in name)
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     key, value = (packed(shape, kind) for kind in kinds_of(pair))
-    lookups = [fast.lookup(side.levels, query.device, side.wide) for side in (key, value)]
-    obstacle = fast.obstacle(*lookups, dim, query.device)
-    split = plain.split if obstacle else fast.FastSplit(*lookups)
+    found = [lookups.lookup(side.levels, query.device, side.wide) for side in (key, value)]
+    obstacle = fast.obstacle(*found, dim, query.device)
+    split = plain.split if obstacle else fast.FastSplit(*found)
     basis = torch.eye(dim, device="cuda")[None]
     none = query.new_empty(batch, shape[2], 0, dim)
 

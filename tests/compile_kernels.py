@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 sys.path.insert(0, str(ROOT))
 
 from tqcompress_kernels import encode as encoding  # noqa: E402
-from tqcompress_kernels import encode_trellis, fast, flash, overlap, plain  # noqa: E402
+from tqcompress_kernels import encode_trellis, fast, flash, lookups, overlap, plain  # noqa: E402
 from tqcompress_kernels.combine import combine  # noqa: E402
 from tqcompress_kernels.dequantize import dequantize  # noqa: E402
 from tqcompress_kernels.encode import encode, encoder  # noqa: E402
@@ -126,7 +126,7 @@ def int8(key_levels: list[int], value_levels: list[int], dim: int, columns: int,
     key, value = (
         packed(len(x).bit_length() - 1, page or 512, dim, False, False, pages=4 if page else 1) for x in levels
     )
-    read = fast.FastSplit(*(fast.lookup(x, torch.device("cpu")) for x in levels))
+    read = fast.FastSplit(*(lookups.lookup(x, torch.device("cpu")) for x in levels))
     table = torch.zeros(1, 4, dtype=torch.int32) if page else None
     read(
         torch.zeros(1, 2, columns, dim), torch.zeros(1, 2, columns), key, value, torch.zeros(1, 2, 3, columns, dim),
@@ -141,7 +141,7 @@ def parts(bits: tuple[int, int], count: int, dim: int, int8: bool, tokens: int =
     wide, sizes = Wide(count, first, bits[0]), (count, dim - count)
     planes = sum((packed(b, 512, n, False, False).planes for b, n in zip(bits, sizes, strict=True)), ())
     side = packed(bits[1], 512, dim, False, False)._replace(planes=planes, levels=levels, wide=wide)
-    read = fast.FastSplit(*[fast.lookup(levels, torch.device("cpu"), wide)] * 2) if int8 else plain.split
+    read = fast.FastSplit(*[lookups.lookup(levels, torch.device("cpu"), wide)] * 2) if int8 else plain.split
     read(
         torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4), side, side, torch.zeros(1, 2, 3, 4, dim),
         torch.zeros(1, 2, 3, 4), 256, None, None, None, 0.1, None,
@@ -183,12 +183,13 @@ def trellis(states: int, bits: int, other: int, dim: int, page: int = 0) -> None
     rest = torch.zeros(1, 2, 3, 4, dim), torch.zeros(1, 2, 3, 4), 256, None, None
     query, table = (torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4)), torch.zeros(1, 4, dtype=torch.int32)
     table = table if page else None
-    for read in (plain.split, fast.FastSplit(*(fast.trellis_lookup(x.levels, 1.0, x.bits, dim) for x in (key, value)))):
+    found = (lookups.trellis_lookup(x.levels, 1.0, x.bits, dim) for x in (key, value))
+    for read in (plain.split, fast.FastSplit(*found)):
         read(*query, key, value, *rest, table, 0.1, None)
     mixed = packed(4, 512, dim, False, False)._replace(levels=torch.tensor([-x for x in L4[::-1]] + L4).float())
     if not page:
-        lookups = fast.trellis_lookup(key.levels, 1.0, bits, dim), fast.lookup(mixed.levels, torch.device("cpu"))
-        fast.FastSplit(*lookups)(*query, key, mixed, *rest, None, 0.1, None)
+        found = lookups.trellis_lookup(key.levels, 1.0, bits, dim), lookups.lookup(mixed.levels, torch.device("cpu"))
+        fast.FastSplit(*found)(*query, key, mixed, *rest, None, 0.1, None)
         dequantize(key, torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), 0)
 
 
@@ -196,7 +197,7 @@ def step(dtype: torch.dtype, int8_levels: bool) -> None:
     """Compile a step with a ring."""
     states = torch.zeros(1, 2, 1, 64, dtype=dtype)
     levels = torch.tensor([-x for x in L3[::-1]] + L3).float()
-    split = fast.FastSplit(*[fast.lookup(levels, torch.device("cpu"))] * 2) if int8_levels else plain.split
+    split = fast.FastSplit(*[lookups.lookup(levels, torch.device("cpu"))] * 2) if int8_levels else plain.split
     identity = torch.eye(64)[None]
     side = Side(levels, 3, None, False, identity, None, encoder(identity, None, levels, "fp16"))
     store = packed(3, 512, 64, False, False)

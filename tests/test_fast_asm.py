@@ -9,7 +9,7 @@ from kernels_helpers import triton  # noqa: F401  (skips without Triton)
 
 from tqcompress.packing import pack
 from tqcompress_kernels import fast_asm
-from tqcompress_kernels.fast import integer_step, lookup
+from tqcompress_kernels.lookups import integer_step, lookup
 
 MASK = 0xFFFFFFFF
 

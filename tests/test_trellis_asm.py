@@ -8,7 +8,7 @@ from test_fast_asm import MASK, run, signed
 from tqcompress.plugins.trellis import shipped_table, windows
 
 from tqcompress_kernels import trellis_asm
-from tqcompress_kernels.fast import trellis_lookup
+from tqcompress_kernels.lookups import trellis_lookup
 
 CASES = [
     (states, bits, per, copies)
