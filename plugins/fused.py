@@ -37,7 +37,7 @@ def _obstacle(*sides: "Side") -> str | None:
         form, codec = side.form, side.codec
         if form is None:
             return f"{codec.name} {codec.shape.side}s have no levels for fused kernels to read"
-        if not torch.allclose(form.levels, -form.levels.flip(0)):
+        if not all(torch.allclose(levels, -levels.flip(0)) for levels in side.tables):
             return f"the levels of {codec.name} {codec.shape.side}s are not symmetric about zero"
         if codec.shape.head_dim % 8 or codec.shape.head_dim > 256:
             return f"head_dim {codec.shape.head_dim} is not a multiple of 8 up to 256"
@@ -57,8 +57,18 @@ class Side:
 
     @cached_property
     def planes(self) -> tuple[str, ...]:
-        """Names of the fields that hold the codes, widest plane first."""
-        return ("codes",) if self.window else tuple(plane_fields(self.codec.shape.head_dim, self.form.bits))
+        """Names of the fields that hold the codes, widest plane first; those of the first coordinates before others."""
+        if self.window:
+            return ("codes",)
+        dim, wide = self.codec.shape.head_dim, self.form.wide
+        first = tuple(plane_fields(wide.dim, wide.bits, "wide")) if wide else ()
+        return first + tuple(plane_fields(dim, self.form.bits))
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The levels of all codes."""
+        wide = None if self.window else self.form.wide
+        return [self.form.levels, *([wide.levels] if wide else [])]
 
     @property
     def window(self) -> int:
@@ -69,6 +79,16 @@ class Side:
     def levels(self) -> Tensor:
         """float32, of every code or state."""
         return self.form.levels.to(self.device).float()
+
+    @cached_property
+    def wide(self):
+        """What kernels need to know of the first coordinates, if these have levels of their own."""
+        from tqcompress_kernels.packed import Wide, is_uniform
+
+        form = None if self.window else self.form.wide
+        if form is None:
+            return None
+        return Wide(form.dim, form.levels.to(self.device).float(), form.bits, form.step, is_uniform(form.levels))
 
     @cached_property
     def back(self) -> Tensor:
@@ -91,7 +111,7 @@ class Side:
         into, rest = form.into.to(self.device), (form.scale_format, form.norm_correction)
         if self.window:
             return trellis_encoder(into, mean, self.levels, form.step, form.bits, *rest)
-        return encoder(into, mean, self.levels, *rest)
+        return encoder(into, mean, self.levels, *rest, self.wide)
 
     @cached_property
     def uniform(self) -> bool:
@@ -103,19 +123,21 @@ class Side:
     @cached_property
     def lookup(self):
         """How the int8 kernel reads the codes, on the CPU, or why it cannot."""
-        from tqcompress_kernels import fast
+        from tqcompress_kernels import lookups
 
         if self.window:
-            return fast.trellis_lookup(self.form.levels, self.form.step, self.form.bits)
-        return fast.lookup(self.form.levels, torch.device("cpu"))
+            form, shape = self.form, self.codec.shape
+            of_keys = shape.side == "key"
+            return lookups.trellis_lookup(form.levels, form.step, form.bits, shape.head_dim, registers=of_keys)
+        return lookups.lookup(self.form.levels, torch.device("cpu"), self.form.wide)
 
     @property
     def constants(self):
         """What steps of one token need to know."""
         from tqcompress_kernels.step import Side as Constants
 
-        bits, step = self.form.bits, self.form.step
-        return Constants(self.levels, bits, step, self.uniform, self.back, self.mean, self.encoder, self.window)
+        own = self.levels, self.form.bits, self.form.step, self.uniform
+        return Constants(*own, self.back, self.mean, self.encoder, self.window, self.wide)
 
     def packed(self, store: TokenStore):
         """The stored tokens as kernels read them."""
@@ -123,7 +145,8 @@ class Side:
 
         buffers = store.buffers
         planes = tuple(buffers[name] for name in self.planes)
-        return Packed(planes, buffers["scale"], self.levels, self.form.bits, self.form.step, self.uniform, self.window)
+        own = self.levels, self.form.bits, self.form.step, self.uniform, self.window, self.wide
+        return Packed(planes, buffers["scale"], *own)
 
 
 class FusedGroup:

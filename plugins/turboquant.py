@@ -3,7 +3,8 @@
 Source: TurboQuant (arXiv 2504.19874), the MSE variant. Unlike the paper, the stored scale is by default
 |x| / |levels[codes]| and not |x| / sqrt(head_dim): the decoded vector keeps its norm, at no cost. And up to 4 bits
 the levels are by default moved to an int8 grid, which fused kernels multiply fastest, for less than .1 % of error.
-Centring and balancing (`tqcompress.transform`) are not the paper's.
+Centring and balancing (`tqcompress.transform`) are not the paper's; outliers and fractional bits (`tqcompress.parts`)
+are, but for their one scale.
 """
 
 from typing import Literal
@@ -11,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tqcompress import HeadShape, Layout, RecipeError, ScalarLevels, TensorSpec, hookimpl
+from tqcompress import HeadShape, Layout, RecipeError, ScalarLevels, TensorSpec, WideLevels, hookimpl
 from tqcompress.codebook import e4m3_levels, grid_step, int8_levels, lloyd_max, uniform_levels
 from tqcompress.packing import look_up, pack, plane_fields
+from tqcompress.recipe import Outliers
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
 INT8_BITS = (1, 2, 3, 4, 8)  # where levels are on an int8 grid unless the recipe says otherwise
@@ -27,6 +29,7 @@ class TurboQuantOptions(TransformedOptions):
     # None is int8 up to 4 bits, and at 8, where the doubled error is still a hundredth of that of 4 bits; lloyd-max
     # at 5 to 7, where int8 costs .6, 3 and 18 %.
     levels: Literal["int8", "lloyd-max", "uniform", "e4m3"] | None = None
+    outliers: Outliers | None = None
 
 
 class TurboQuant(TransformedCodec):
@@ -34,45 +37,71 @@ class TurboQuant(TransformedCodec):
 
     name = "turboquant"
     Options = TurboQuantOptions
+    splits = True
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
-        levels = self.options.levels or ("int8" if self.bits in INT8_BITS else "lloyd-max")
-        try:
-            book = LEVELS[levels](self.bits, shape.head_dim)
-        except ValueError as error:
-            raise RecipeError(f"levels: found {levels!r}; {error}; use lloyd-max or uniform") from None
-        self.register_state("codebook", torch.tensor(book, dtype=torch.float32))
+        self.register_state("codebook", self._codebook(self.bits))
+        if self.wide:
+            self.register_state("wide_codebook", self._codebook(self.wide_bits))
 
     def layout(self) -> Layout:
         """Packed codes and one scale for each token."""
-        return Layout(plane_fields(self.shape.head_dim, self.bits) | self.scale_field())
+        wide = plane_fields(self.wide, self.wide_bits, "wide") if self.wide else {}
+        return Layout(wide | plane_fields(self.shape.head_dim - self.wide, self.bits) | self.scale_field())
 
     def quantize(self, unit: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The nearest level of every coordinate."""
-        codes = torch.bucketize(unit, (self.codebook[1:] + self.codebook[:-1]) / 2, out_int32=True)
-        return pack(codes, self.bits), self._levels_of(codes)
+        if not self.wide:
+            return _nearest(unit, self.codebook, self.bits, "codes")
+        packed, decoded = _nearest(unit[..., : self.wide], self.wide_codebook, self.wide_bits, "wide")
+        rest, other = _nearest(unit[..., self.wide :], self.codebook, self.bits, "codes")
+        return packed | rest, torch.cat([decoded, other], dim=-1)
 
     def dequantize(self, packed: dict[str, Tensor]) -> Tensor:
         """The levels of the codes."""
-        return look_up(packed, self.bits, self.shape.head_dim, self.codebook)
+        decoded = look_up(packed, self.bits, self.shape.head_dim - self.wide, self.codebook)
+        if not self.wide:
+            return decoded
+        return torch.cat([look_up(packed, self.wide_bits, self.wide, self.wide_codebook, "wide"), decoded], dim=-1)
 
     def levels(self) -> ScalarLevels | None:
-        """The codebook in the stored basis: every fused kernel can read it."""
+        """The codebooks in the stored basis: every fused kernel can read them."""
         into, back = self.basis()
+        wide = None
+        if self.wide:
+            wide = WideLevels(self.wide, self.wide_codebook, self.wide_bits, _step(self.wide_codebook))
         return ScalarLevels(
             levels=self.codebook,
             bits=self.bits,
             scale_format=self.options.scale,
-            step=grid_step(self.codebook.numpy(force=True)),  # not by `options.levels`: a file may have changed it
+            step=_step(self.codebook),
             into=into,
             back=back,
             mean=self.mean if self.options.center else None,
             norm_correction=self.options.norm_correction,
+            wide=wide,
         )
 
-    def _levels_of(self, codes: Tensor) -> Tensor:
-        return self.codebook.index_select(0, codes.flatten()).view(codes.shape)  # faster than indexing
+    def _codebook(self, bits: int) -> Tensor:
+        """The levels of codes of `bits` bits, float32."""
+        levels = self.options.levels or ("int8" if bits in INT8_BITS else "lloyd-max")
+        try:
+            return torch.tensor(LEVELS[levels](bits, self.shape.head_dim), dtype=torch.float32)
+        except ValueError as error:
+            raise RecipeError(f"levels: found {levels!r}; {error}; use lloyd-max or uniform") from None
+
+
+def _nearest(unit: Tensor, codebook: Tensor, bits: int, name: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The planes of the nearest levels' codes, and the levels."""
+    codes = torch.bucketize(unit.contiguous(), (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
+    decoded = codebook.index_select(0, codes.flatten()).view(codes.shape)  # faster than indexing
+    return pack(codes, bits, name), decoded
+
+
+def _step(codebook: Tensor) -> float | None:
+    """Not by `options.levels`: a file may have changed the levels."""
+    return grid_step(codebook.numpy(force=True))
 
 
 @hookimpl

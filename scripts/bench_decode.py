@@ -4,7 +4,10 @@ Random data, for speed only. Every figure is the median of CUDA-graph replays of
 reading the codes, merging the splits and rotating the output back. Beside it stands the memory roofline: the bytes
 that must be read over the bandwidth that a plain read reaches.
 
-    python scripts/bench_decode.py [--shapes 0,1,2] [--pairs 44,42] [--sweep] [--json FILE]
+    python scripts/bench_decode.py [--shapes 0,1,2] [--pairs 44,42,2.5/2.5,4x32+2/2] [--sweep] [--json FILE]
+
+A pair is the bits of keys and of values, "u" before uniform ones. With a slash between them they may be fractions, or
+say that so many coordinates have other bits than the rest.
 """
 
 import argparse
@@ -20,8 +23,8 @@ import triton
 from dense_decode import dense_decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tqcompress_kernels import decode, fast, tuning
-from tqcompress_kernels.packed import Packed, plane_widths
+from tqcompress_kernels import decode, fast, lookups, plain, tuning
+from tqcompress_kernels.packed import Packed, Wide, plane_widths
 
 # batch, query heads, KV heads, head_dim, context
 SHAPES = [
@@ -41,7 +44,7 @@ GRID = {
     3: [-113, -71, -40, -13, 13, 40, 71, 113],
     4: [-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104],
 }
-PAIRS = ["44", "42", "33", "22", "84", "u4u4", "u2u2", "4u2"]
+PAIRS = ["44", "42", "33", "22", "84", "u4u4", "u2u2", "4u2", "2.5/2.5", "3.5/2.5", "2.25/2.25", "4x32+2/4x32+2"]
 
 
 def microseconds(function) -> float:
@@ -63,11 +66,36 @@ def levels_of(kind: str) -> torch.Tensor:
 
 def kinds_of(pair: str) -> list[str]:
     """ "4u2" -> ["4", "u2"]."""
+    if "/" in pair:
+        return pair.split("/")
     return pair.replace("u", " u").replace("4", "4 ").replace("2", "2 ").replace("3", "3 ").replace("8", "8 ").split()
+
+
+def parts_of(kind: str, dim: int) -> tuple[str, int, str] | None:
+    """ "2.5" -> ("3", dim / 2, "2"), "4x32+2" -> ("4", 32, "2"): what the first coordinates have, and the rest."""
+    if "x" in kind:
+        first, rest = kind.split("+")
+        bits, count = first.split("x")
+        return bits, int(count), rest
+    if "." not in kind or kind[0] == "T":
+        return None
+    whole = int(float(kind))
+    return str(whole + 1), round((float(kind) - whole) * dim), str(whole)
+
+
+def joined(first: Packed, count: int, rest: Packed) -> Packed:
+    """Vectors whose first `count` coordinates are those of `first`."""
+    wide = Wide(count, first.levels, first.bits, first.step, first.uniform)
+    return rest._replace(planes=first.planes + rest.planes, wide=wide)
 
 
 def packed(shape: tuple, kind: str) -> Packed:
     batch, _, kv_heads, dim, tokens = shape
+    if parts := parts_of(kind, dim):
+        first, count, rest = parts
+        sizes = count, dim - count
+        one, other = (packed((*shape[:3], n, tokens), k) for n, k in zip(sizes, (first, rest), strict=True))
+        return joined(one, count, other)
     levels = levels_of(kind)
     bits = int(kind[-1])
     planes = tuple(
@@ -110,7 +138,9 @@ def one(shape: tuple, pair: str, dense: dict[str, float], bandwidth: float, swee
     bf16 = min(time for name, time in dense.items() if "bf16" in name)
     query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     key, value = (packed(shape, kind) for kind in kinds_of(pair))
-    split = fast.FastSplit(*(fast.lookup(side.levels, query.device) for side in (key, value)))
+    found = [lookups.lookup(side.levels, query.device, side.wide) for side in (key, value)]
+    obstacle = fast.obstacle(*found, dim, query.device)
+    split = plain.split if obstacle else fast.FastSplit(*found)
     basis = torch.eye(dim, device="cuda")[None]
     none = query.new_empty(batch, shape[2], 0, dim)
 
@@ -124,8 +154,9 @@ def one(shape: tuple, pair: str, dense: dict[str, float], bandwidth: float, swee
     limit = nbytes / bandwidth * 1e6
     time = microseconds(step)
     print(
-        f"  K{pair:5}{time:8.1f} us  {bf16 / time:5.2f}x bf16  {dense['fp8 triton'] / time:5.2f}x fp8  "
-        f"{nbytes / time / 1e3:6.0f} GB/s ({limit / time:4.0%} of the roofline, {bf16 / limit:.2f}x)",
+        f"  K{pair:14}{time:8.1f} us  {bf16 / time:5.2f}x bf16  {dense['fp8 triton'] / time:5.2f}x fp8  "
+        f"{nbytes / time / 1e3:6.0f} GB/s ({limit / time:4.0%} of the roofline, {bf16 / limit:.2f}x)"
+        + (f" plain kernel: {obstacle}" if obstacle else ""),
         flush=True,
     )
     if sweep:

@@ -11,7 +11,7 @@ from triton.testing import do_bench_cudagraph
 from tqcompress_kernels import encode as encoding
 from tqcompress_kernels.dequantize import dequantize
 from tqcompress_kernels.encode import encode, encoder
-from tqcompress_kernels.packed import Packed, plane_widths
+from tqcompress_kernels.packed import Packed, Wide, plane_widths
 
 HEADS, DIM = 8, 128
 # Tiles of how many tokens, warps, registers a thread (None: as many as the compiler likes).
@@ -34,6 +34,12 @@ def levels_of(bits: int) -> torch.Tensor:
     return torch.cat([-half.flip(0), half]).float().cuda()
 
 
+def wide_of(bits: float) -> Wide | None:
+    """Of fractional bits: the coordinates that have one more."""
+    whole, count = int(bits), round(bits % 1 * DIM)
+    return Wide(count, levels_of(whole + 1), whole + 1) if count else None
+
+
 def report(name: str, call, vectors: int, nbytes: int) -> None:
     """Time `call` and print what it does to `vectors` vectors, `nbytes` bytes in all."""
     ms = do_bench_cudagraph(call, rep=200, return_mode="median")
@@ -45,26 +51,32 @@ def states(batch: int, tokens: int) -> torch.Tensor:
     return torch.randn(batch, tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
 
-def storage(x: torch.Tensor, bits: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, int]:
+def storage(x: torch.Tensor, bits: float) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, int]:
     """Planes and float16 scales for `x`, and their bytes."""
     rows = x.shape[:3]
-    planes = [torch.zeros(*rows, DIM * w // 8, device="cuda", dtype=torch.uint8) for w in plane_widths(bits)]
+    wide = wide_of(bits)
+    sizes = [(DIM - (wide.dim if wide else 0), int(bits))]
+    sizes = [(wide.dim, wide.bits), *sizes] if wide else sizes
+    planes = [
+        torch.zeros(*rows, n * w // 8, device="cuda", dtype=torch.uint8) for n, b in sizes for w in plane_widths(b)
+    ]
     scale = torch.zeros(*rows, 1, device="cuda", dtype=torch.float16)
     return tuple(planes), scale, sum(plane.nbytes for plane in planes) + scale.nbytes
 
 
-def bench_encode(x: torch.Tensor, bits: int, kind: str) -> None:
+def bench_encode(x: torch.Tensor, bits: float, kind: str) -> None:
     """Encode all of `x`."""
     planes, scale, nbytes = storage(x, bits)
-    by = encoder(rotation(kind), None, levels_of(bits), "fp16")
+    by = encoder(rotation(kind), None, levels_of(int(bits)), "fp16", wide=wide_of(bits))
     call = functools.partial(encode, x, planes, scale, 0, by)
     report(f"encode {bits} bits {kind}", call, x.numel() // DIM, x.nbytes + nbytes)
 
 
-def bench_dequantize(x: torch.Tensor, bits: int, uniform: bool) -> None:
+def bench_dequantize(x: torch.Tensor, bits: float, uniform: bool) -> None:
     """Write as many vectors as `x` has, bfloat16."""
     planes, scale, nbytes = storage(x, bits)
-    call = functools.partial(dequantize, Packed(planes, scale, levels_of(bits), bits, uniform=uniform), x, 0)
+    packed = Packed(planes, scale, levels_of(int(bits)), int(bits), uniform=uniform, wide=wide_of(bits))
+    call = functools.partial(dequantize, packed, x, 0)
     name = f"dequantize {bits} bits, {'evenly spaced' if uniform else 'any'} levels"
     report(name, call, x.numel() // DIM, x.nbytes + nbytes)
 
@@ -79,6 +91,9 @@ def bench(batch: int, tokens: int) -> None:
             bench_encode(x, bits, kind)
         for uniform in (False, True):
             bench_dequantize(x, bits, uniform)
+    for bits in (2.5, 3.5):
+        bench_encode(x, bits, "hadamard")
+        bench_dequantize(x, bits, False)
 
 
 def compare_tilings(batch: int, tokens: int) -> None:

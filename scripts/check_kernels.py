@@ -25,11 +25,17 @@ DEVICE = "cuda"
 
 def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, inputs: str, log8: bool = False):
     """Packed random codes whose scales are of the kind `inputs`."""
-    from bench_decode import levels_of
+    from bench_decode import joined, levels_of, parts_of
     from trellis_sides import as_packed, random_codes
 
     from tqcompress_kernels.packed import Packed, plane_widths
 
+    if parts := parts_of(kind, dim):
+        first, size, rest = parts
+        sides = (
+            random_side(one, batch, kv_heads, rows, n, inputs, log8) for one, n in ((first, size), (rest, dim - size))
+        )
+        return joined(next(sides), size, next(sides))
     trellis, bits = kind[0] == "T", int(kind[-1])
     high = {(3, 1): -(-dim // 16) * 16}
     planes = tuple(
@@ -56,11 +62,12 @@ def random_side(kind: str, batch: int, kv_heads: int, rows: int, dim: int, input
 
 def decode_case(
     kernel: str, key: str, value: str, dim: int, share: int, tokens: int, inputs: str, queries: int = 1,
-    options: tuple[str, ...] = (), lookups: tuple[int, int] = (None, None),
+    options: tuple[str, ...] = (), lookups: tuple = ((None, None), (None, None)), how: dict | None = None,
 ) -> float:  # fmt: skip
     """The larger of the relative errors of output and weights (exp of the log-sum-exp) of one decode.
 
-    `lookups`: coordinates a lookup and copies of the table, for trellis codes.
+    `lookups`: coordinates a lookup and copies of the table, of keys and of values, for trellis codes; `how`: options of
+    the int8 kernel.
     """
     from trellis_sides import lookup_of
 
@@ -93,7 +100,8 @@ def decode_case(
     rest = {"lengths": lengths, "mask": mask, "block_table": table, "softcap": softcap}
     split = plain.split
     if kernel == "int8":
-        split = fast.FastSplit(*(lookup_of(side, *lookups) for side in (k, v)))
+        read = fast.FastSplit(lookup_of(k, *lookups[0]), lookup_of(v, *lookups[1], of_keys=False))
+        split = lambda *a: read(*a, **(how or {}))  # noqa: E731
     arguments = (k, v, basis, basis.transpose(-1, -2).contiguous(), *means, sinks, recent, tokens, dim**-0.5)
     junk = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)]
     del junk  # what the allocator hands out next is poisoned
@@ -111,7 +119,8 @@ def chunk_case(dim: int, share: int, tokens: int, queries: int, dtype: str, opti
     from tqcompress_kernels import chunk, reference
 
     torch.manual_seed(0)
-    k, v = (random_side("4", 2, 2, tokens, dim, "random") for _ in range(2))
+    found = next((option for option in options if option[0].isdigit()), "4")
+    k, v = (random_side(found, 2, 2, tokens, dim, "random") for _ in range(2))
     kind = getattr(torch, dtype)
     query = torch.randn(2, queries, 2 * share, dim, device=DEVICE, dtype=kind).transpose(1, 2)
     basis = torch.linalg.qr(torch.randn(dim, dim, device=DEVICE)).Q[None].contiguous()
@@ -136,11 +145,20 @@ def chunk_case(dim: int, share: int, tokens: int, queries: int, dtype: str, opti
     return error * BOUND / max(4 * torch.finfo(kind).eps, 2.0**-16)
 
 
-def encode_case(bits: int, dim: int, dtype: str, inputs: str, scale_format: str, hadamard: bool, tokens: int) -> float:
+def encode_case(kind: str, dim: int, dtype: str, inputs: str, scale_format: str, hadamard: bool, tokens: int) -> float:
     """0 if codes are the reference's but for ties and scales within a unit in the last place, else what is off."""
+    from bench_decode import parts_of
+
     from tqcompress_kernels import encode, encode_reference
+    from tqcompress_kernels.packed import Wide
+
+    def gaussian_levels(bits: int) -> torch.Tensor:
+        half = torch.special.ndtri((torch.arange(2 ** (bits - 1)).double() + 0.5) / 2**bits + 0.5).float()
+        return torch.cat([-half.flip(0), half]).to(DEVICE)
 
     torch.manual_seed(0)
+    first, count, rest = parts_of(kind, dim) or (0, 0, kind)
+    bits, wide = int(rest), Wide(count, gaussian_levels(int(first)), int(first)) if count else None
     x = torch.randn(2, 2, tokens, dim, device=DEVICE)
     x = {"heavy": x**5, "constant": x * 0 + 3, "zero": x * 0, "huge": x * 1e3}.get(inputs, x).to(getattr(torch, dtype))
     matrix = torch.ones(1, 1)
@@ -149,24 +167,26 @@ def encode_case(bits: int, dim: int, dtype: str, inputs: str, scale_format: str,
     if matrix.shape[0] < dim:
         matrix = torch.linalg.qr(torch.randn(dim, dim)).Q
     into = (torch.randn(dim, 1).sign() * matrix)[None].contiguous().to(DEVICE)
-    half = torch.special.ndtri((torch.arange(2 ** (bits - 1)).double() + 0.5) / 2**bits + 0.5).float()
-    levels = torch.cat([-half.flip(0), half]).to(DEVICE)
-    sizes = [plane.shape[-1] for plane in encode_reference.pack(torch.zeros(dim, dtype=torch.int64), bits)]
+    levels = gaussian_levels(bits)
+    sizes = [plane.shape[-1] for plane in encode_reference.pack(torch.zeros(dim, dtype=torch.int64), bits, wide)]
     planes = tuple(torch.full((2, 2, tokens + 8, size), 0xA5, dtype=torch.uint8, device=DEVICE) for size in sizes)
     scale = torch.zeros(
         2, 2, tokens + 8, 1, dtype=torch.float16 if scale_format == "fp16" else torch.uint8, device=DEVICE
     )
-    encode.encode(x, planes, scale, 3, encode.encoder(into, None, levels, scale_format))
+    encode.encode(x, planes, scale, 3, encode.encoder(into, None, levels, scale_format, wide=wide))
     if any((plane[:, :, :3] != 0xA5).any() or (plane[:, :, tokens + 3 :] != 0xA5).any() for plane in planes):
         return float("inf")
-    codes = encode_reference.unpack(tuple(plane[:, :, 3 : tokens + 3] for plane in planes), bits, dim)
-    want, unit, _ = encode_reference.quantize(x.double(), into, None, levels)
-    boundaries = ((levels[1:] + levels[:-1]) / 2).double()
-    distance = (unit - boundaries[torch.minimum(codes, want).clamp(max=len(boundaries) - 1)]).abs()
+    codes = encode_reference.unpack(tuple(plane[:, :, 3 : tokens + 3] for plane in planes), bits, dim, wide)
+    want, unit, _ = encode_reference.quantize(x.double(), into, None, levels, wide=wide)
+    lower, distance = torch.minimum(codes, want), torch.empty_like(unit)
+    for part, book in encode_reference.books(levels.double(), wide):
+        boundaries = (book[1:] + book[:-1]) / 2
+        distance[..., part] = (unit[..., part] - boundaries[lower[..., part].clamp(max=len(boundaries) - 1)]).abs()
     slack = dim**1.5 * 2.0**-24  # of a sum of dim float32 products, in units of a vector's root mean square
     wrong = ((codes != want) & ((distance > slack) | ((codes - want).abs() > 1))).double().mean().item()
     norm = (x.double() @ into.double()).norm(dim=-1, keepdim=True)
-    exact = encode_reference.encode_scale(norm / levels.double()[codes].norm(dim=-1, keepdim=True), scale_format)
+    length = encode_reference.decoded(codes, levels.double(), wide).norm(dim=-1, keepdim=True)
+    exact = encode_reference.encode_scale(norm / length, scale_format)
     stored = scale[:, :, 3 : tokens + 3]
     apart = encode_reference.decode_scale(stored) / encode_reference.decode_scale(exact).clamp_min(1e-30)
     apart = torch.where(encode_reference.decode_scale(exact) == 0, encode_reference.decode_scale(stored) + 1, apart)
@@ -238,14 +258,15 @@ def cases(small: bool):
         for share, queries in ((1, 33), (1, 64), (3, 129)):  # tiles that are not full
             add(chunk_case, 80, share, 1500, queries, "bfloat16", ("mask",))
     for bits in range(1, 9):
-        add(encode_case, bits, 128, "bfloat16", "random", "fp16", True, tokens)
+        add(encode_case, str(bits), 128, "bfloat16", "random", "fp16", True, tokens)
     for dim in (64, 80, 96, 192, 256):
-        add(encode_case, 4, dim, "float16", "random", "fp16", True, tokens)
+        add(encode_case, "4", dim, "float16", "random", "fp16", True, tokens)
     for inputs in ("heavy", "constant", "zero", "huge"):
-        add(encode_case, 3, 128, "float32", inputs, "log8", False, tokens)
+        add(encode_case, "3", 128, "float32", inputs, "log8", False, tokens)
+    from check_parts import parts_cases
     from check_trellis import trellis_cases
 
-    for function, arguments in trellis_cases(tokens):
+    for function, arguments in (*trellis_cases(tokens), *parts_cases(tokens, decode_case, encode_case, chunk_case)):
         add(function, *arguments)
     return found
 

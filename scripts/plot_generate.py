@@ -18,12 +18,13 @@ from tqcompress.session import count
 SERIES = {
     "bf16": "bf16, transformers' default",
     "bf16f": "bf16, flash attention",
+    "bf16c": "bf16, static and compiled",
     "hqq4": "transformers' QuantizedCache, 4 bits",
     "4a": "tqcompress, 4 bits",
     "3a": "tqcompress, 3 bits",
 }
 IDEAL = "bf16, ideal: bytes / bandwidth"
-WIDTH, HEIGHT = 900, 420
+WIDTH, HEIGHT = 900, 440
 
 
 def series(rows: list[dict], value) -> dict[str, tuple[list[int], list[float]]]:
@@ -64,7 +65,7 @@ def main() -> None:
     )  # fmt: skip
     figure.update_yaxes(gridcolor=GRID, rangemode="tozero")
     figure.update_yaxes(title="tokens a second", row=1, col=1)
-    figure.update_yaxes(title="peak memory, GB, weights included", row=1, col=2)
+    figure.update_yaxes(title="peak memory with weights, GB", row=1, col=2)
     title = f"{options.model}'s shape, random weights, {options.batch} sequence" + "s" * (options.batch > 1)
     figure.update_layout(**LAYOUT, title={"text": title, "x": 0.07}, legend={"orientation": "h", "y": -0.22})
     options.out.write_text(drawn(figure, WIDTH, HEIGHT), encoding="utf-8")

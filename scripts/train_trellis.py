@@ -24,7 +24,7 @@ DECAY = 0.7  # of the sums of earlier iterations, so that an entry is the mean o
 SCREENED, SCREEN_ITERATIONS, SCREEN_VECTORS = {16: 64, 64: 64, 256: 32, 1024: 12}, 3, 512  # starts, briefly
 TRIED, TRIAL_ITERATIONS = {16: 8, 64: 8, 256: 6, 1024: 3}, 10  # the best of these, longer
 GRID_ITERATIONS = 6
-SEAM = 8  # half as far as encoders look, to save time
+REACH = 8  # lengths of the window on either side of the seam that paths are found from
 SPREAD = {1: 1.0, 2: 1.05, 3: 1.3, 4: 1.5}  # of the first entries; at high rates the best are wider than the Gaussian
 OUTPUT = Path(__file__).resolve().parents[1] / "tqcompress" / "data" / "trellis.safetensors"
 
@@ -58,7 +58,7 @@ class Trainer:
     def statistics(self, table: Tensor, vectors: int = VECTORS) -> tuple[float, Tensor, Tensor]:
         """The mean squared error, and of each state the sum of its coordinates and their number."""
         x = torch.randn(vectors, DIM, generator=self.generator)
-        symbols = search(x, table, self.bits, SEAM)
+        symbols = search(x, table, self.bits, REACH * -(-(self.states.bit_length() - 1) // self.bits))
         states = windows(pack_string(symbols, self.bits), self.bits, DIM, self.states).long().flatten()
         error = (table[states] - x.flatten()).square().mean().item()
         sums = torch.zeros(self.states, dtype=torch.float64).index_add_(0, states, x.flatten().double())

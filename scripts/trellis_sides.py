@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tqcompress_kernels import fast
+from tqcompress_kernels import lookups
 from tqcompress_kernels.packed import Packed
 
 TABLES = Path(__file__).parent.parent / "tqcompress" / "data" / "trellis.safetensors"
@@ -38,8 +38,9 @@ def as_packed(kind: str, codes: torch.Tensor, scale: torch.Tensor) -> Packed:
     return Packed((codes,), scale, table, bits, step, False, states.bit_length() - 1)
 
 
-def lookup_of(side: Packed, per: int | None = None, copies: int | None = None) -> fast.Lookup:
+def lookup_of(side: Packed, per: int | None = None, copies: int | None = None, of_keys: bool = True) -> lookups.Lookup:
     """How the int8 kernel reads a side, of trellis codes or not."""
     if side.window:
-        return fast.trellis_lookup(side.levels, side.step, side.bits, per, copies)
-    return fast.lookup(side.levels, side.levels.device)
+        dim = side.planes[0].shape[-1] * 8 // side.bits
+        return lookups.trellis_lookup(side.levels, side.step, side.bits, dim, per, copies, of_keys)
+    return lookups.lookup(side.levels, side.levels.device, side.wide)

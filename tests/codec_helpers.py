@@ -17,7 +17,7 @@ BATCH, HEADS, BLOCKS = 2, 2, 3
 
 
 @cache
-def build(name: str, bits: int, side: str, dim: int, options: tuple = ()) -> Codec:
+def build(name: str, bits: float, side: str, dim: int, options: tuple = ()) -> Codec:
     codec = build_codec(TensorSpec(name, bits, dict(options)), HeadShape(HEADS, dim, side, torch.bfloat16))
     if codec.needs_statistics:
         codec.fit(moments(dim))
@@ -83,6 +83,16 @@ VARIANTS = {
     "qjl": [{"sketch": "orthogonal"}, {"rotation": "dense"}, {"sketch": "orthogonal", "rotation": "dense", "seed": 3}],
     "polar": [{"rotation": "dense"}, {"scale": "log8", "norm_correction": False}],
 }
+# Fractional bits, head sizes and options.
+FRACTIONS = {
+    "turboquant": [
+        (2.5, 64, {}),
+        (3.25, 64, {"scale": "log8", "rotation": "dense"}),
+        (1.2, 80, {}),
+        (5.75, 128, {"norm_correction": False}),
+        (7.5, 256, {"levels": "uniform"}),
+    ]
+}
 
 REGISTRY = plugins().registry
 
@@ -122,4 +132,8 @@ def contract_cases() -> list:
                     for dim in (64, 80)
                     if not (name == "affine" and not options and dim % 32)  # its default group is 32
                 ]
+            cases += [
+                pytest.param((name, bits, side, dim, tuple(options.items())), id=f"{name}-{bits}-{side}-{dim}")
+                for bits, dim, options in FRACTIONS.get(name, [])
+            ]
     return cases

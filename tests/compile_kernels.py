@@ -18,13 +18,13 @@ sys.path.insert(0, str(ROOT / "kernels"))
 sys.path.insert(0, str(ROOT))
 
 from tqcompress_kernels import encode as encoding  # noqa: E402
-from tqcompress_kernels import encode_trellis, fast, flash, overlap, plain  # noqa: E402
+from tqcompress_kernels import encode_trellis, fast, flash, lookups, overlap, plain  # noqa: E402
 from tqcompress_kernels.combine import combine  # noqa: E402
 from tqcompress_kernels.dequantize import dequantize  # noqa: E402
 from tqcompress_kernels.encode import encode, encoder  # noqa: E402
 from tqcompress_kernels.encode_reference import pack  # noqa: E402
 from tqcompress_kernels.encode_trellis import trellis_encoder  # noqa: E402
-from tqcompress_kernels.packed import Packed  # noqa: E402
+from tqcompress_kernels.packed import Packed, Wide  # noqa: E402
 from tqcompress_kernels.prepare import prepare  # noqa: E402
 from tqcompress_kernels.ring import empty_ring  # noqa: E402
 from tqcompress_kernels.step import Constants, Side, ring_step  # noqa: E402
@@ -126,12 +126,29 @@ def int8(key_levels: list[int], value_levels: list[int], dim: int, columns: int,
     key, value = (
         packed(len(x).bit_length() - 1, page or 512, dim, False, False, pages=4 if page else 1) for x in levels
     )
-    read = fast.FastSplit(*(fast.lookup(x, torch.device("cpu")) for x in levels))
+    read = fast.FastSplit(*(lookups.lookup(x, torch.device("cpu")) for x in levels))
     table = torch.zeros(1, 4, dtype=torch.int32) if page else None
     read(
         torch.zeros(1, 2, columns, dim), torch.zeros(1, 2, columns), key, value, torch.zeros(1, 2, 3, columns, dim),
         torch.zeros(1, 2, 3, columns), 256, None, None, table, 0.1, None,
     )  # fmt: skip
+
+
+def parts(bits: tuple[int, int], count: int, dim: int, int8: bool, tokens: int = 200) -> None:
+    """Compile what vectors need whose first `count` coordinates have `bits[0]` bits and the others `bits[1]`."""
+    tables = {1: [1], 2: L2, 3: L3, 4: L4}
+    first, levels = (torch.tensor([-x for x in tables[b][::-1]] + tables[b]).float() for b in bits)
+    wide, sizes = Wide(count, first, bits[0]), (count, dim - count)
+    planes = sum((packed(b, 512, n, False, False).planes for b, n in zip(bits, sizes, strict=True)), ())
+    side = packed(bits[1], 512, dim, False, False)._replace(planes=planes, levels=levels, wide=wide)
+    read = fast.FastSplit(*[lookups.lookup(levels, torch.device("cpu"), wide)] * 2) if int8 else plain.split
+    read(
+        torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4), side, side, torch.zeros(1, 2, 3, 4, dim),
+        torch.zeros(1, 2, 3, 4), 256, None, None, None, 0.1, None,
+    )  # fmt: skip
+    x = torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16)
+    encode(x, side.planes, side.scale, 0, encoder(torch.eye(dim)[None], None, levels, "fp16", wide=wide))
+    dequantize(side, x, 0)
 
 
 def coding(bits: int, dim: int, tokens: int) -> None:
@@ -166,12 +183,13 @@ def trellis(states: int, bits: int, other: int, dim: int, page: int = 0) -> None
     rest = torch.zeros(1, 2, 3, 4, dim), torch.zeros(1, 2, 3, 4), 256, None, None
     query, table = (torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4)), torch.zeros(1, 4, dtype=torch.int32)
     table = table if page else None
-    for read in (plain.split, fast.FastSplit(*(fast.trellis_lookup(x.levels, 1.0, x.bits) for x in (key, value)))):
+    found = (lookups.trellis_lookup(x.levels, 1.0, x.bits, dim) for x in (key, value))
+    for read in (plain.split, fast.FastSplit(*found)):
         read(*query, key, value, *rest, table, 0.1, None)
     mixed = packed(4, 512, dim, False, False)._replace(levels=torch.tensor([-x for x in L4[::-1]] + L4).float())
     if not page:
-        lookups = fast.trellis_lookup(key.levels, 1.0, bits), fast.lookup(mixed.levels, torch.device("cpu"))
-        fast.FastSplit(*lookups)(*query, key, mixed, *rest, None, 0.1, None)
+        found = lookups.trellis_lookup(key.levels, 1.0, bits, dim), lookups.lookup(mixed.levels, torch.device("cpu"))
+        fast.FastSplit(*found)(*query, key, mixed, *rest, None, 0.1, None)
         dequantize(key, torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), 0)
 
 
@@ -179,7 +197,7 @@ def step(dtype: torch.dtype, int8_levels: bool) -> None:
     """Compile a step with a ring."""
     states = torch.zeros(1, 2, 1, 64, dtype=dtype)
     levels = torch.tensor([-x for x in L3[::-1]] + L3).float()
-    split = fast.FastSplit(*[fast.lookup(levels, torch.device("cpu"))] * 2) if int8_levels else plain.split
+    split = fast.FastSplit(*[lookups.lookup(levels, torch.device("cpu"))] * 2) if int8_levels else plain.split
     identity = torch.eye(64)[None]
     side = Side(levels, 3, None, False, identity, None, encoder(identity, None, levels, "fp16"))
     store = packed(3, 512, 64, False, False)
@@ -197,6 +215,7 @@ ONCE = {
         lambda: split((8, 5), 80, 4, False),
         lambda: ends(torch.float16, 64),
         lambda: int8(L4, [1, 3], 64, 4),
+        lambda: parts((4, 2), 16, 64, True),
         lambda: attention(torch.float32, 128),
         lambda: trellis(64, 2, 3, 128),
     ],
@@ -204,6 +223,7 @@ ONCE = {
         lambda: attention(torch.bfloat16, 256),
         lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True),
         lambda: int8(L3, L3, 128, 4),
+        lambda: trellis(16, 2, 3, 128),
     ],
     "sm_90": [
         lambda: split((4, 4), 128, 4, True),
@@ -212,6 +232,9 @@ ONCE = {
         lambda: step(torch.float16, True),
         lambda: trellis(64, 3, 3, 128, 64),
         lambda: trellis(64, 2, 4, 256),
+        lambda: parts((3, 2), 64, 128, True),
+        lambda: parts((3, 2), 32, 128, False),
+        lambda: trellis(64, 3, 2, 64),
     ],
     "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],
     "gfx942": [lambda: split((2, 6), 64, 4, False)],

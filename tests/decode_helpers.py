@@ -113,7 +113,8 @@ def check_split(query, bias, key, value, tokens, scaling, splits=2, **options) -
     assert ((got_lse - want_lse)[~empty].abs() <= off[~empty]).all()
     # Values: a weight and a level are rounded to fp16 once, relative to the largest level; weights below 2**-24 of
     # the largest are lost.
-    largest, scale = value.levels.abs().max(), reference.scales(value, torch.float64)[:, :, :tokens]
+    largest = max(part.levels.abs().max() for _, _, part in value.parts(dim))
+    scale = reference.scales(value, torch.float64)[:, :, :tokens]
     mass, _ = (x.squeeze(2) for x in reference.split(*whole[:3], _flat(value), *whole[4:]))
     bound = mass[..., :1] * largest * (2.1 * U + torch.expm1(2 * off.unsqueeze(-1)))
     bound += tokens * 2.0**-24 * scale.amax(2, keepdim=True)[:, :, :, :1] * largest
@@ -124,5 +125,5 @@ def check_split(query, bias, key, value, tokens, scaling, splits=2, **options) -
 
 def _flat(value: Packed) -> Packed:
     """Values whose coordinates are all their scale: attention to them is the average scale."""
-    ones = torch.ones_like(value.levels)
-    return value._replace(levels=ones)
+    wide = value.wide and value.wide._replace(levels=torch.ones_like(value.wide.levels))
+    return value._replace(levels=torch.ones_like(value.levels), wide=wide)

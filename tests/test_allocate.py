@@ -148,8 +148,8 @@ def test_given_bits_stay_and_count():
         ({"key": {"bits": 2}, "value": {"bits": 2}}, {}, "mine: budget: all bits are given; leave out"),
         ({"rules": [{"key": {"bits": 8}}]}, {"bits": 4}, "found 4; the least that budget.choices allow is 5.500"),
         ({}, {"choices": [2]}, "recipe: budget.choices: found [2]; allowed: List should have at least 2 items"),
-        ({}, {"choices": [2, 2]}, "recipe: budget.choices: found [2, 2]; allowed: each of them once"),
-        ({}, {"choices": [2, 2.5]}, "recipe: budget.choices[1]: found 2.5"),
+        ({}, {"choices": [2, 2]}, "recipe: budget.choices: found [2.0, 2.0]; allowed: each of them once"),
+        ({}, {"choices": [2, 2.3]}, "mine: budget.choices: found 2.3; head_dim 16 allows 2, 3"),
         ({}, {"over": ["tokens"]}, "recipe: budget.over[0]: found 'tokens'; allowed: 'layers', 'heads' or 'sides'"),
         ({}, {"over": []}, "recipe: budget.over: found []; allowed: layers, sides, or both"),
         ({}, {"over": ["heads", "sides"]}, "heads only together with layers"),
@@ -291,6 +291,15 @@ def test_other_units(over):
     if compression.allocation.kept and "sides" not in over:
         assert all(group.key.bits == group.value.bits for group in compression.plan.groups)
     assert compression.allocation.allocated_bits <= 2.5 + SCALE
+
+
+def test_choices_may_be_fractions():
+    """head_dim 32: halves."""
+    compression = compress(tiny_model("llama", head_dim=32), recipe(choices=[1.5, 2.5, 4], bits=2.5 + 16 / 32))
+    outcome, found = compression.allocation, {group.key.bits for group in compression.plan.groups}
+    assert found <= {1.5, 2.5, 4}
+    assert outcome.uniform.startswith(("2.5-bit keys, 2.5-bit values", "4-bit keys", "1.5-bit keys"))
+    assert max(outcome.allocated_bits, outcome.uniform_bits) <= 2.5 + 16 / 32 + 1e-9
 
 
 def test_given_bits_and_the_rest_of_the_recipe_stay():

@@ -138,7 +138,11 @@ def test_a_text_is_read_once_for_several_recipes():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"calibration": None}, RecipeError, "mine: calibration: missing; center and balance need statistics"),
+        (
+            {"calibration": None},
+            RecipeError,
+            "mine: calibration: missing; center, balance and outliers need",
+        ),
         ({"center": {}, "balance": "none"}, RecipeError, "mine: calibration: nothing here uses it"),
         ({"quantizer": "affine"}, RecipeError, "center.key: quantizer affine of keys cannot do that"),
         (

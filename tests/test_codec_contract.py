@@ -186,8 +186,8 @@ def test_more_bits_are_never_worse(name, dim, side):
 @pytest.mark.parametrize("name", REGISTRY.names())
 def test_unsupported_bits_and_unknown_options_are_refused(name):
     supported = REGISTRY.codec(name).supported_bits
-    with pytest.raises(RecipeError, match=r"^bits: found 2\.5; "):
-        build_codec(TensorSpec(name, 2.5), HeadShape(1, 64, "key"))
+    with pytest.raises(RecipeError, match=r"^bits: found 2\.3; "):
+        build_codec(TensorSpec(name, 2.3), HeadShape(1, 64, "key"))
     with pytest.raises(ValueError, match="no_such_option"):
         build_codec(TensorSpec(name, supported[-1], {"no_such_option": 1}), HeadShape(1, 64, "key"))
 

@@ -9,7 +9,7 @@ from kernels_helpers import triton  # noqa: F401  (skips without Triton)
 
 from tqcompress.packing import pack
 from tqcompress_kernels import fast_asm
-from tqcompress_kernels.fast import integer_step, lookup
+from tqcompress_kernels.lookups import integer_step, lookup
 
 MASK = 0xFFFFFFFF
 
@@ -47,15 +47,17 @@ OPERATIONS = {
 }
 
 
-def run(text, outputs, inputs, shared=(), **names):
+def run(text, outputs, inputs, shared=b"", **names):
     """The output registers; outputs must not be read, and every one must be written.
 
-    `shared`: the 32-bit words of shared memory; `names`: addresses in it.
+    `shared`: the bytes of shared memory; `names`: addresses in it.
     """
     registers = {f"${outputs + i}": value for i, value in enumerate(inputs)} | names
-    operations = OPERATIONS | {"ld.shared": lambda address: shared[address // 4]}
-    for line in re.findall(r"^(?!\.reg)([\w.]+)\.[bu]32 (.+);$", text, re.M):
-        target, *sources = (part.strip(" []") for part in line[1].split(","))
+    for line in re.findall(r"^(?!\.reg)([\w.]+)\.[bu](8|16|32) (.+);$", text, re.M):
+        size = int(line[1]) // 8
+        load = {"ld.shared": lambda address, size=size: int.from_bytes(shared[address : address + size], "little")}
+        operations = OPERATIONS | load
+        target, *sources = (part.strip(" []") for part in line[2].split(","))
         values = [registers[s] if s in registers else int(s, 0) for s in sources]
         assert not any(s.startswith("$") and int(s[1:]) < outputs for s in sources)
         registers[target] = operations[line[0]](*values)
@@ -146,6 +148,22 @@ def test_uniform_values_come_out_across_tokens(bits, seed):
         zero = 2 ** (bits - 1) if j == per_byte - 1 else 0
         want = [(codes[byte * per_byte + j] - zero) * 2 ** (j * bits) for codes in tokens]
         assert signed(register) == want
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_values_of_half_words_come_out_as_levels_across_tokens(bits, odd, seed):
+    """8 of 16 codes, the first or the last; of shuffled high bits a lane has those of both, shifted if it is odd."""
+    tokens, words, high = value_inputs(bits, seed)
+    junk = random.Random(seed).randrange(1 << 16) << 16
+    words = [word >> 16 * odd & 0xFFFF | junk for word in words]
+    high = [word >> 2 * odd for word in high]
+    levels = levels_of(bits).int().tolist()
+    text, outputs = fast_asm.value_half(bits)
+    out = run(text, outputs, words + high + [x for word in table_words(bits) for x in [word] * 4])
+    for code in range(8):
+        assert signed(out[code]) == [levels[codes[8 * odd + code]] for codes in tokens]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -17,6 +17,7 @@ from tqcompress.registry import plugins
 from tqcompress.store import TokenStore
 from tqcompress_kernels import plain
 
+OUTLIERS = {"channels": 16, "bits": 4}
 HERE = torch.device("cuda", 0) if DEVICE == "cuda" else torch.device("cpu")
 CUDA = torch.device("cuda")
 
@@ -39,12 +40,18 @@ def trellis(bits, **options):
         (turboquant(4), turboquant(2), 128, "triton int8", "int8 tensor cores"),
         (turboquant(8), turboquant(3, scale="log8"), 128, "triton int8", "int8 tensor cores"),
         (turboquant(5), turboquant(4), 128, "triton plain", "keys have 5-bit levels"),
+        (turboquant(2.5), turboquant(3.25), 128, "triton int8", "int8 tensor cores"),
+        (turboquant(2), turboquant(2.5), 64, "triton int8", "int8 tensor cores"),
+        (turboquant(2), turboquant(3.25), 64, "triton plain", "value rows of 48 codes"),
+        (turboquant(4.5), turboquant(4), 128, "triton plain", "keys have 5-bit levels"),
+        (turboquant(2, outliers={"channels": 16, "bits": 4}), turboquant(4), 64, "triton int8", "int8 tensor cores"),
         (turboquant(4), turboquant(4, levels="lloyd-max"), 128, "triton plain", "values have levels that are not"),
         (turboquant(4), turboquant(3), 80, "triton plain", "value rows of 80 codes"),
         (TensorSpec("affine", 4), turboquant(4), 128, "torch", "affine keys have no levels"),
         (trellis(3), trellis(2, states=16), 128, "triton int8", "int8 tensor cores"),
         (trellis(2, states=1024), turboquant(4), 128, "triton int8", "int8 tensor cores"),
-        (trellis(2), trellis(2), 64, "triton plain", "key rows of 64 trellis codes"),
+        (trellis(2), trellis(2), 64, "triton int8", "int8 tensor cores"),
+        (trellis(2), trellis(2), 72, "triton plain", "key rows of 72 trellis codes"),
         (trellis(1, states=1024), trellis(2), 128, "torch", "trellis keys: 1024 states at 1 bits have 512 path costs"),
         (turboquant(4), turboquant(4), 20, "torch", "head_dim 20"),
     ],
@@ -100,6 +107,16 @@ def moved(view):
         (turboquant(4), turboquant(4), 2, 2, True, None),
         (turboquant(4), turboquant(4), 1, 40, False, None),
         (turboquant(4, center=True), turboquant(3, center=True), 2, 40, True, 20.0),
+        (turboquant(2.5), turboquant(3.25, scale="log8"), 2, 1, True, None),
+        (
+            turboquant(2, balance="key", center=True, outliers=OUTLIERS),
+            turboquant(2, outliers=OUTLIERS),
+            2,
+            1,
+            False,
+            20.0,
+        ),
+        (turboquant(3, outliers=OUTLIERS), turboquant(2.5), 2, 40, True, None),
         (trellis(3), trellis(2, states=64), 2, 1, False, None),
         (trellis(2, center=True, balance="key"), turboquant(3), 1, 3, False, None),
     ],
@@ -141,6 +158,8 @@ def test_any_other_mask_goes_to_torch_and_that_is_said_once():
         turboquant(4),
         turboquant(3, center=True),
         turboquant(4, center=True, balance="key"),
+        turboquant(2.5),
+        turboquant(2, center=True, balance="key", outliers=OUTLIERS),
         trellis(2, states=16),
         trellis(4, states=16, center=True, balance="key"),
     ],

@@ -206,7 +206,7 @@ def test_prepare_and_combine_write_everything():
 def test_custom_op_is_sound():
     key, value = side(4, 1, 20, 64), side(2, 1, 20, 64)
     query, back = random(1, HEADS, 1, 64).half(), torch.eye(64, device=DEVICE)[None]
-    sides = [x for s in (key, value) for x in (list(s.planes), *s[1:])]
+    sides = [*key.flat, *value.flat]
     arguments = (query, *sides, back, back, None, None, [], [], 20, 0.1, None, None, None, None, "plain", 1)
     torch.library.opcheck(decode.decode_attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -183,7 +183,7 @@ def test_needles_are_found_by_what_keeps_them_and_by_nothing_else(smollm):
     lost = {"version": 1, "key": {"bits": 1}, "value": {"bits": 1}, "keep": {"sinks": 4, "window": 4}}
     recipes = {"exact": LOSSLESS, "lost": lost}
     compressions = {name: api.plan_compression(model, recipe) for name, recipe in recipes.items()}
-    results = retrieve(model, tokenizer, load_text("constitution"), compressions, [300], depths=3, repeats=1)
+    results = list(retrieve(model, tokenizer, load_text("constitution"), compressions, [300], depths=3, repeats=1))
     assert api.compression_of(model) is None
     exact, lost = results
     assert exact.tried == 3 and exact.uncompressed >= 2
@@ -192,9 +192,9 @@ def test_needles_are_found_by_what_keeps_them_and_by_nothing_else(smollm):
 
 def test_needles_need_a_text_and_a_context_that_are_long_enough(smollm):
     model, tokenizer = smollm
-    with pytest.raises(TQCompressError, match=r"lengths: found 8192; the model's context is 8192 tokens"):
-        retrieve(model, tokenizer, "x", {}, [8192])
+    with pytest.raises(TQCompressError, match=r"lengths: found 8193; the model's context is 8192 tokens"):
+        next(retrieve(model, tokenizer, "x", {}, [8193]))
     with pytest.raises(TQCompressError, match=r"the text has 1 tokens; a prompt of 300 needs more"):
-        retrieve(model, tokenizer, "x", {}, [300])
-    with pytest.raises(TQCompressError, match=r"lengths: found 20; the question alone takes"):
-        retrieve(model, tokenizer, load_text("constitution"), {}, [20])
+        next(retrieve(model, tokenizer, "x", {}, [300]))
+    with pytest.raises(TQCompressError, match=r"lengths: found 20; question and answer alone take"):
+        next(retrieve(model, tokenizer, load_text("constitution"), {}, [20]))

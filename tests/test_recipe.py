@@ -104,7 +104,52 @@ WRONG = {
         INSTALLED,
     ),
     "bits_unsupported": ({"key": {"bits": 9}}, "key.bits: found 9", "turboquant supports 1, 2, 3, 4, 5, 6, 7, 8"),
-    "bits_fractional": ({"value": {"bits": 2.5}}, "value.bits: found 2.5", "supports 1, 2"),
+    "bits_fractional": ({"value": {"bits": 2.3}}, "value.bits: found 2.3", "head_dim 64 allows 2, 2.25, 2.5, 2.75, 3"),
+    "bits_fractional_elsewhere": (
+        {"value": {"bits": 2.5, "quantizer": "trellis"}},
+        "value.bits: found 2.5",
+        "trellis supports 1, 2, 3, 4",
+    ),
+    "bits_fractional_beside_outliers": (
+        {"key": {"bits": 2.5}, "outliers": {"channels": 16, "bits": 4}},
+        "key.bits: found 2.5",
+        "whole numbers",
+    ),
+    "outliers_of_too_few_bits": (
+        {"rules": [{"key": {"bits": 5}}], "outliers": {"channels": 16, "bits": 4}},
+        "outliers.bits: found 4",
+        "more than the 5",
+    ),
+    "outliers_that_do_not_pack": (
+        {"key": {"bits": 2, "outliers": {"channels": 10, "bits": 4}}},
+        "key.outliers.channels: found 10",
+        "head_dim 64 allows 16, 32, 48",
+    ),
+    "outliers_that_are_not_there": (
+        {"outliers": {"channels": [3, 64], "bits": 4}},
+        "outliers.channels: found 64",
+        "0 to 63",
+    ),
+    "outliers_twice": ({"outliers": {"channels": [3, 3], "bits": 4}}, "outliers.channels: found [3, 3]", "each once"),
+    "outliers_as_text": ({"outliers": {"channels": "3", "bits": 4}}, "outliers.channels: found '3'", "how many"),
+    "outliers_selected_twice": (
+        {"outliers": {"channels": [3], "bits": 4, "select": "calibration"}},
+        "outliers: select: found 'calibration'",
+        "listed",
+    ),
+    "outliers_with_an_unknown_key": (
+        {"value": {"bits": 2, "outliers": {"channels": 16, "bits": 4, "seed": 1}}},
+        "value.outliers.seed: unknown key",
+    ),
+    "outliers_listed_in_another_basis": (
+        {"balance": "key", "outliers": {"channels": [3], "bits": 4}},
+        "outliers.channels: found a list",
+        "balance: key",
+    ),
+    "outliers_of_another_quantizer": (
+        {"quantizer": "polar", "outliers": {"channels": 16, "bits": 4}},
+        "outliers: quantizer polar of keys cannot do that",
+    ),
     "bits_unsupported_in_rule": (
         {"rules": [*GOOD, {"layers": -1, "value": {"bits": 9}}]},
         "rules[1].value.bits: found 9",
@@ -151,7 +196,6 @@ def test_mistakes(changes, parts):
 
 
 UNFINISHED = {
-    "outliers": {"channels": 32, "bits": 4},
     "tiers": [{"after": 8192, "key": {"bits": 2}, "value": {"bits": 2}}],
 }
 

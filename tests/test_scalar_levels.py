@@ -20,11 +20,28 @@ def levels(codec) -> ScalarLevels:
     return codec.levels()
 
 
+def parts(levels: ScalarLevels) -> list[tuple[slice, torch.Tensor, int, str]]:
+    """Coordinates, levels, bits and the planes' name of the parts of a vector."""
+    wide, dim = levels.wide, levels.into.shape[-1]
+    first = wide.dim if wide else 0
+    rest = (slice(first, dim), levels.levels, levels.bits, "codes")
+    return [(slice(first), wide.levels, wide.bits, "wide"), rest] if wide else [rest]
+
+
+def decoded_levels(packed: dict[str, torch.Tensor], levels: ScalarLevels) -> torch.Tensor:
+    """The levels of the codes, float64."""
+    found = [
+        book.double()[unpack(packed, bits, len(range(*part.indices(levels.into.shape[-1]))), name)]
+        for part, book, bits, name in parts(levels)
+    ]
+    return torch.cat(found, dim=-1)
+
+
 def decode(packed: dict[str, torch.Tensor], levels: ScalarLevels) -> tuple[torch.Tensor, torch.Tensor]:
     """What `packed` stands for by `ScalarLevels` alone, in float64: in the stored basis, and back in the model's."""
-    codes, stored = unpack(packed, levels.bits, levels.into.shape[-1]), packed["scale"].double()
+    stored = packed["scale"].double()
     scale = stored if levels.scale_format == "fp16" else torch.where(stored == 0, 0.0, 2 ** ((stored - 128) / 16))
-    vectors = levels.levels.double()[codes] * scale
+    vectors = decoded_levels(packed, levels) * scale
     mean = 0 if levels.mean is None else levels.mean.double()[:, None]
     return vectors, vectors @ levels.back.double() + mean
 
@@ -39,8 +56,14 @@ def units_of(x: torch.Tensor, levels: ScalarLevels) -> tuple[torch.Tensor, torch
 def test_scalar_levels_are_what_they_promise(codec, levels):
     dim = codec.shape.head_dim
     assert levels.bits == codec.bits
-    assert levels.levels.shape == (2**levels.bits,)
-    assert (levels.levels.diff() > 0).all()
+    fraction = codec.spec.bits - codec.bits
+    assert (levels.wide is None) == (fraction == 0)
+    if levels.wide:
+        assert levels.wide.bits == codec.bits + 1
+        assert levels.wide.dim == pytest.approx(fraction * dim)
+    for _, book, bits, _ in parts(levels):
+        assert book.shape == (2**bits,)
+        assert (book.diff() > 0).all()
     assert levels.levels.dtype == levels.into.dtype == levels.back.dtype == torch.float32
     assert levels.into.shape == levels.back.shape and levels.into.shape[1:] == (dim, dim)
     assert levels.into.shape[0] in (1, HEADS)
@@ -49,9 +72,11 @@ def test_scalar_levels_are_what_they_promise(codec, levels):
     # As in the rotations' own tests: a float32 matrix is orthogonal, or inverted, to 2 U an entry.
     product = levels.into.double() @ levels.back.double() - torch.eye(dim, dtype=torch.float64)
     assert product.abs().max() <= 2.01 * U
-    if levels.step is not None:
-        shift = 0.5 if levels.bits == 8 else 0
-        numbers = levels.levels.double() / levels.step - shift
+    for one in (levels, levels.wide):
+        if one is None or one.step is None:
+            continue
+        shift = 0.5 if one.bits == 8 else 0
+        numbers = one.levels.double() / one.step - shift
         assert (numbers - numbers.round()).abs().max() <= 127.5 * 2 * U
         assert (numbers + shift).abs().max() < 128
         assert torch.equal(levels.back, levels.into.mT)
@@ -74,16 +99,17 @@ def test_encoding_by_scalar_levels_is_encode(codec, levels):
     x, dim = vectors(codec), codec.shape.head_dim
     x[0, 0, 0] = 0
     packed = codec.encode(x)
-    codes = unpack(packed, levels.bits, dim)
     units, norm = units_of(x, levels)
-    borders = (levels.levels[1:].double() + levels.levels[:-1].double()) / 2
     # A float32 rotation and norm, of vectors of the length sqrt(dim), may push a coordinate over a border.
     slack = (2 * rotation_bound(dim) + (dim + 10) * U) * dim**0.5
-    assert (codes >= torch.bucketize(units - slack, borders)).all()
-    assert (codes <= torch.bucketize(units + slack, borders)).all()
-    # Zeros have nothing to round.
-    assert (codes[0, 0, 0] == torch.bucketize(torch.zeros(1).double(), borders)).all()
-    length = levels.levels.double()[codes].norm(dim=-1, keepdim=True) if levels.norm_correction else dim**0.5
+    for part, book, bits, name in parts(levels):
+        unit, borders = units[..., part].contiguous(), (book[1:].double() + book[:-1].double()) / 2
+        codes = unpack(packed, bits, unit.shape[-1], name)
+        assert (codes >= torch.bucketize(unit - slack, borders)).all()
+        assert (codes <= torch.bucketize(unit + slack, borders)).all()
+        # Zeros have nothing to round.
+        assert (codes[0, 0, 0] == torch.bucketize(torch.zeros(1).double(), borders)).all()
+    length = decoded_levels(packed, levels).norm(dim=-1, keepdim=True) if levels.norm_correction else dim**0.5
     expected, stored = norm / length, packed["scale"].double()
     assert stored[0, 0, 0] == 0
     arithmetic = rotation_bound(dim) + (2 * dim + 10) * U

@@ -96,6 +96,14 @@ def compressed_gpt2():
     return model
 
 
+def test_steps_over_vectors_of_two_parts():
+    recipe = RECIPE | {"key": {"bits": 7.5}, "value": {"bits": 7.5}}
+    model, ids = compressed(recipe=recipe, head_dim=32), prompt(147)
+    got = steps(model, make_cache("growing", model, 170), ids, prefill=140)
+    tqcompress.remove(model)
+    assert close(got, model(ids.to(DEVICE), use_cache=False).logits)
+
+
 def test_a_growing_and_a_fixed_cache_agree_to_the_bit():
     ids, model = prompt(146, batch=2), compressed()
     runs = [steps(model, make_cache(kind, model, 200), ids, prefill=140) for kind in ("growing", "fixed")]

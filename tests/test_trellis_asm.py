@@ -8,7 +8,7 @@ from test_fast_asm import MASK, run, signed
 from tqcompress.plugins.trellis import shipped_table, windows
 
 from tqcompress_kernels import trellis_asm
-from tqcompress_kernels.fast import trellis_lookup
+from tqcompress_kernels.lookups import trellis_lookup
 
 CASES = [
     (states, bits, per, copies)
@@ -24,17 +24,19 @@ CASES = [
         (1024, 3),
         (1024, 4),
     ]
-    for per, copies in [(1, 1), (1, 32), (2, 4), (4, 1), (4, 2)]
+    for per, copies in [(1, 1), (1, 32), (2, 1), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2)]
     if states << (per - 1) * bits <= 1 << 15
-]
+] + [(16, 2, None, None), (16, 3, None, None)]  # in registers
 
 
-def strings(states, bits, count, seed):
-    """Rows of bytes, and the integer values of their states `[count, 128]`."""
-    codes = torch.randint(256, (count, 16 * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+def strings(states, bits, count, seed, dim):
+    """Rows of bytes, and the integer values of their states `[count, dim]`."""
+    codes = torch.randint(
+        256, (count, dim // 8 * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     table = shipped_table(states, bits)
     whole = (table / table.abs().max() * 127).round().int()
-    return codes, whole[windows(codes, bits, 128, states)].tolist()
+    return codes, whole[windows(codes, bits, dim, states)].tolist()
 
 
 def words_of(row, first_bit, count):
@@ -45,36 +47,49 @@ def words_of(row, first_bit, count):
     return [turned >> 32 * i & MASK for i in range(count)]
 
 
-def built(states, bits, per, copies, side):
-    """Kind, PTX, and a function that runs it for the words of a string on some lane."""
+def built(states, bits, per, copies, side, dim):
+    """Kind, and a function that runs the PTX for the words of a string on some lane and adds up lookups."""
     table = shipped_table(states, bits)
-    found = trellis_lookup(table, float(table.abs().max() / 127), bits, per, copies)
-    text, outputs = (trellis_asm.key_windows if side == "key" else trellis_asm.value_windows)(found.kind)
+    found = trellis_lookup(table, float(table.abs().max() / 127), bits, dim, per, copies)
+    kind, how = found.trellis, trellis_asm.plan(side, found.kind)
     lane, address = random.Random(0).randrange(32), 64
-    shared = [0] * (address // 4) + [word & MASK for word in found.table[32:].tolist()]
+    assert (kind.copies == 0) == (per is None)
+    inputs = found.table[:, lane].tolist() if kind.copies == 0 else [int(found.table[lane])]
+    inputs = [word & MASK for word in inputs for _ in range(4)]
+    content = b"" if kind.copies == 0 else found.table[32:].numpy().tobytes()
+    assert len(content) == kind.nbytes
 
     def execute(words):
-        return run(text, outputs, words + [int(found.table[lane])] * 4, shared, **{found.trellis.name: address})
+        out = run(how.text, how.operands, words + inputs, bytes(address) + content, **{kind.name: address})
+        out = [signed(register) for register in out]
+        if kind.copies:
+            return out
+        return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(out[::2], out[1::2], strict=True)]
 
-    return found.trellis, execute
+    return kind, execute
 
 
-@pytest.mark.parametrize(("states", "bits", "per", "copies"), CASES)
-def test_keys_come_out_in_their_order(states, bits, per, copies):
-    kind, execute = built(states, bits, per, copies, "key")
-    codes, values = strings(states, bits, 1, seed=states + bits)
+WITH_DIM = [(*case, 128) for case in CASES] + [(*case, 64) for case in CASES if case[2]]
+
+
+@pytest.mark.parametrize(("states", "bits", "per", "copies", "dim"), WITH_DIM)
+def test_keys_come_out_in_their_order(states, bits, per, copies, dim):
+    kind, execute = built(states, bits, per, copies, "key", dim)
+    codes, values = strings(states, bits, 1, states + bits, dim)
+    order = trellis_asm.key_coordinates(kind.text)[:: 1 if kind.copies else 2]
+    assert sorted(i for four in order for i in four) == list(range(dim // 4))
     for quarter in range(4):
-        words = words_of(codes[0], 32 * bits * quarter, kind.words(32))
+        words = words_of(codes[0], dim // 4 * bits * quarter, kind.words("key"))
         out = execute([x for word in words for x in [word] * 4])
-        assert [value for register in out for value in signed(register)] == values[0][32 * quarter : 32 * quarter + 32]
+        mine = values[0][dim // 4 * quarter :]
+        assert out == [[mine[i] for i in four] for four in order]
 
 
-@pytest.mark.parametrize(("states", "bits", "per", "copies"), CASES)
-def test_values_come_out_across_tokens(states, bits, per, copies):
-    kind, execute = built(states, bits, per, copies, "value")
-    codes, values = strings(states, bits, 4, seed=states + bits)
+@pytest.mark.parametrize(("states", "bits", "per", "copies", "dim"), WITH_DIM)
+def test_values_come_out_across_tokens(states, bits, per, copies, dim):
+    kind, execute = built(states, bits, per, copies, "value", dim)
+    codes, values = strings(states, bits, 4, states + bits, dim)
     for eighth in (0, 3, 7):
-        tokens = [words_of(row, 16 * bits * eighth, kind.words(16)) for row in codes]
-        out = execute([token[i] for i in range(kind.words(16)) for token in tokens])
-        for j, register in enumerate(out):
-            assert signed(register) == [row[16 * eighth + j] for row in values]
+        tokens = [words_of(row, dim // 8 * bits * eighth, kind.words("value")) for row in codes]
+        out = execute([token[i] for i in range(kind.words("value")) for token in tokens])
+        assert out == [[row[dim // 8 * eighth + j] for row in values] for j in range(dim // 8)]

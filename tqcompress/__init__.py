@@ -6,7 +6,7 @@ tqcompress.remove(model)
 """
 
 from .api import apply, load, remove, save, verify
-from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels
+from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels, WideLevels
 from .errors import ArtifactError, ModelError, OutputError, PluginError, RecipeError, TQCompressError
 from .hf import TQCompressConfig
 from .hookspecs import hookimpl
@@ -33,6 +33,7 @@ __all__ = [
     "TQCompressError",
     "TensorSpec",
     "TrellisLevels",
+    "WideLevels",
     "__version__",
     "apply",
     "hookimpl",

@@ -28,7 +28,7 @@ from .resolve import Allocated
 from .view import LayerCodecs
 
 Slot = tuple[int, int, str]  # layer, KV head, side
-Bits = dict[Slot, int]
+Bits = dict[Slot, float]
 PARTS = ("layers", "heads", "sides")  # of a slot, in order
 HELD_OUT = 4  # windows that decide what is kept: their passes are few beside those that measure sensitivities
 
@@ -217,7 +217,9 @@ def allocate(
         allocated_kl, uniform_kl = divergences(model, held_out, both, step)
     finally:
         model.train(training)
-    name = f"{pair[0]}-bit keys, {pair[1]}-bit values" + (", the rest of the bits spread evenly" * (uniform != base))
+    name = f"{pair[0]:g}-bit keys, {pair[1]:g}-bit values" + (
+        ", the rest of the bits spread evenly" * (uniform != base)
+    )
     bits = (sizes.mean(allocated), allocated_kl, sizes.mean(uniform), uniform_kl)
     outcome = Allocation(budget.bits, *bits, name, sum(map(len, held_out)))
     return plan_of(_answer(allocated if outcome.kept else uniform)), outcome

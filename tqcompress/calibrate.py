@@ -118,7 +118,7 @@ class Calibrator:
     def statistics(self, recipe: Recipe) -> Statistics:
         """Those of the recipe's `calibration`. Raises `RecipeError` if it has none."""
         settings, skip = (
-            _settings(recipe, "center and balance need statistics of the model on a text"),
+            _settings(recipe, "center, balance and outliers need statistics of the model on a text"),
             recipe.keep.sinks,
         )
         if (settings, skip) not in self._taken:

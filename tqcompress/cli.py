@@ -215,7 +215,7 @@ def needle_command(
     model: ModelOpt,
     recipes: Annotated[list[str], typer.Argument(help="recipes, as for apply")],
     text: TextOpt = "constitution",
-    lengths: Annotated[str, typer.Option(help="tokens of the prompts")] = "1K,2K,4K,8K",
+    lengths: Annotated[str, typer.Option(help="tokens of the prompts, with the answer")] = "1K,2K,4K,8K",
     depths: Annotated[int, typer.Option(min=1, help="places in each prompt")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="prompts for each length and depth")] = 2,
     seed: Annotated[int, typer.Option(help="of numbers and places")] = 0,
@@ -233,13 +233,13 @@ def needle_command(
         loaded, tokenizer = load_model(model, device, dtype)
         compressions, _ = _planned(loaded, tokenizer, bar, step, recipes, recipes, given)
         bar.update(step, description="hiding and asking", total=len(sizes) * depths * repeats, completed=0)
-        results = retrieve(
-            loaded, tokenizer, content, compressions, sizes, depths, repeats, seed, lambda: bar.advance(step)
-        )
+        asked, results = (compressions, sizes, depths, repeats, seed, lambda: bar.advance(step)), []
+        for result in retrieve(loaded, tokenizer, content, *asked):
+            results.append(result)
+            session.write_json(json_file, [asdict(result) for result in results])
     for compression in compressions.values():
         _say_allocation(compression)
     console.print(report.needle_table(results, text))
-    session.write_json(json_file, [asdict(result) for result in results])
 
 
 @app.command(name="report")

@@ -74,6 +74,19 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class WideLevels:
+    """Levels of the first `dim` coordinates of a vector, which have more bits than the rest; see `ScalarLevels`.
+
+    Their planes `wide8` ... `wide1` are packed as those of a vector of `dim` coordinates, a multiple of 16.
+    """
+
+    dim: int
+    levels: Tensor
+    bits: int
+    step: float | None
+
+
+@dataclass(frozen=True)
 class ScalarLevels:
     """A codec of the form `levels[code] * scale` in a basis of its own: all that fused kernels know of it.
 
@@ -88,6 +101,8 @@ class ScalarLevels:
         step: if not None, `levels / step` are integers in [-127, 127], or at 8 bits -127.5, -126.5 ... 127.5.
         into, back: float32 `[1 or kv_heads, dim, dim]`, inverse to each other.
         mean: float32 `[kv_heads, dim]`, or None for zeros.
+        wide: if not None, levels of the first coordinates; `levels`, `bits`, `step` and the planes `codes8` ... are
+            then those of the others, packed as a vector of their own. `|levels[codes]|` is over all.
     """
 
     levels: Tensor
@@ -98,6 +113,7 @@ class ScalarLevels:
     back: Tensor
     mean: Tensor | None = None
     norm_correction: bool = True
+    wide: WideLevels | None = None
 
 
 @dataclass(frozen=True)
@@ -140,15 +156,20 @@ class Codec(nn.Module):
 
     name: ClassVar[str]
     supported_bits: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
+    splits: ClassVar[bool] = False  # whether bits between two supported ones are left to the subclass
     Options: ClassVar[type[BaseModel]] = Options
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__()
-        if spec.bits not in self.supported_bits:
+        if spec.bits not in self.supported_bits and not (self.splits and self._is_between(spec.bits)):
             allowed = ", ".join(map(str, self.supported_bits))
             raise RecipeError(f"bits: found {spec.bits:g}; {self.name} supports {allowed}")
-        self.spec, self.shape, self.bits = spec, shape, int(spec.bits)
+        self.spec, self.shape, self.bits = spec, shape, int(spec.bits)  # rounded down
         self.options = self.Options(**spec.options)
+
+    @classmethod
+    def _is_between(cls, bits: float) -> bool:
+        return {bits // 1, bits // 1 + 1} <= set(cls.supported_bits)
 
     def register_state(self, name: str, tensor: Tensor) -> None:
         """Register a tensor that belongs to the artifact (codebook, signs, rotation, mean ...).

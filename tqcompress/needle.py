@@ -6,7 +6,7 @@ exactly, as a prefill is; its keys and values then go into each cache, and the a
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class Retrieval:
     """How often a recipe finds the needle in contexts of one length."""
 
     recipe: str
-    tokens: int  # of the prompt
+    tokens: int  # of the prompt and the answer
     found: int  # of those that the uncompressed model finds
     uncompressed: int  # that the uncompressed model finds
     tried: int
@@ -47,19 +47,20 @@ def retrieve(
     repeats: int = 2,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
-) -> list[Retrieval]:
-    """Hide a number at `depths` places of prompts of each of `lengths` tokens, `repeats` times, cut from `text`.
+) -> Iterator[Retrieval]:
+    """Hide a number at `depths` places of prompts cut from `text`, `repeats` times, and ask for it.
 
+    With the answer they have each of `lengths` tokens. What is found at one length comes before the next is tried.
     `compressions` are those of `api.plan_compression`; the model is uncompressed again afterwards. `progress` is called
     after every prompt. Raises `TQCompressError` if the text is too short, or the model's context.
     """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and max(lengths) + ANSWER_TOKENS > limit:
+    if limit is not None and max(lengths) > limit:
         raise TQCompressError(f"lengths: found {max(lengths)}; the model's context is {limit} tokens")
     hay = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(hay) < max(lengths):
         raise TQCompressError(f"the text has {len(hay)} tokens; a prompt of {max(lengths)} needs more")
-    generator, results = random.Random(seed), []
+    generator = random.Random(seed)
     for length in lengths:
         found, dense = dict.fromkeys(compressions, 0), 0
         for i in range(depths * repeats):
@@ -73,8 +74,8 @@ def retrieve(
                     found[name] += number in _answer(model, tokenizer, _compressed(model, compression, exact), ids)
                     api.remove(model)
             progress()
-        results += [Retrieval(name, length, count, dense, depths * repeats) for name, count in found.items()]
-    return results
+        for name, count in found.items():
+            yield Retrieval(name, length, count, dense, depths * repeats)
 
 
 def _prompt(tokenizer, hay: list[int], length: int, depth: float, generator: random.Random) -> tuple[list[int], str]:
@@ -85,9 +86,9 @@ def _prompt(tokenizer, hay: list[int], length: int, depth: float, generator: ran
         for text in (NEEDLE, QUESTION)
     )
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    room = length - len(start) - len(needle) - len(question)
+    room = length - ANSWER_TOKENS - len(start) - len(needle) - len(question)
     if room < 1:
-        raise TQCompressError(f"lengths: found {length}; the question alone takes {length - room} tokens")
+        raise TQCompressError(f"lengths: found {length}; question and answer alone take {length - room} tokens")
     first, cut = generator.randrange(len(hay) - room + 1), int(room * depth)
     text = hay[first : first + room]
     return [*start, *text[:cut], *needle, *text[cut:], *question], number

@@ -20,16 +20,16 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
-def plane_fields(count: int, bits: int) -> dict[str, Field]:
+def plane_fields(count: int, bits: int, name: str = "codes") -> dict[str, Field]:
     """The layout fields of `count` codes of `bits` bits: `codes8`, `codes4`, `codes2`, `codes1`, those there are."""
     places = {width: -(-count // 16) * 16 if _shuffled(bits, width) else count for width in plane_widths(bits)}
-    return {f"codes{width}": Field(torch.uint8, -(-count * width // 8)) for width, count in places.items()}
+    return {f"{name}{width}": Field(torch.uint8, -(-count * width // 8)) for width, count in places.items()}
 
 
-def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
+def pack(codes: Tensor, bits: int, name: str = "codes") -> dict[str, Tensor]:
     """The planes of integer codes `[..., count]`, each below `2**bits`, as uint8 rows of `plane_fields`."""
     codes, count, low, planes = codes.to(torch.int32), codes.shape[-1], 0, {}
-    for width, (name, field) in zip(plane_widths(bits), plane_fields(count, bits).items(), strict=True):
+    for width, (plane_name, field) in zip(plane_widths(bits), plane_fields(count, bits, name).items(), strict=True):
         parts, places = codes & _mask(width, low) if width < bits else codes, field.size * 8 // width
         if places > count:  # a step encodes single vectors: every operation counts
             parts = torch.nn.functional.pad(parts, (0, places - count))
@@ -37,16 +37,16 @@ def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
             parts = parts.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
         parts = parts.unflatten(-1, (field.size, 8 // width)) << _shifts(width, codes.device)
         plane = parts.sum(-1, dtype=torch.int32)
-        planes[name] = (plane >> low if low else plane).to(torch.uint8)
+        planes[plane_name] = (plane >> low if low else plane).to(torch.uint8)
         low += width
     return planes
 
 
-def unpack(packed: dict[str, Tensor], bits: int, count: int) -> Tensor:
+def unpack(packed: dict[str, Tensor], bits: int, count: int, name: str = "codes") -> Tensor:
     """The int32 codes `[..., count]` whose planes `packed` holds, alone or among other fields."""
     codes, low = None, 0
     for width in plane_widths(bits):
-        plane = packed[f"codes{width}"].to(torch.int32)
+        plane = packed[f"{name}{width}"].to(torch.int32)
         if width < 8:  # masked in place: a third faster
             parts = (plane << low).unsqueeze(-1) >> _shifts(width, plane.device)
             plane = parts.bitwise_and_(_mask(width, low)).flatten(-2)
@@ -58,16 +58,16 @@ def unpack(packed: dict[str, Tensor], bits: int, count: int) -> Tensor:
     return codes
 
 
-def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor) -> Tensor:
+def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor, name: str = "codes") -> Tensor:
     """`levels[unpack(packed, bits, count)]`, float32: at 2 to 4 bits a byte's 2 or 4 levels are one lookup."""
     whole = bits in (2, 3, 4) and count % 16 == 0 and levels.device.type in ("cpu", "cuda")  # others lack complex128
     if not whole or torch.compiler.is_compiling():
-        codes = unpack(packed, bits, count)
+        codes = unpack(packed, bits, count, name)
         return levels.index_select(0, codes.flatten()).view(codes.shape)
     kind = torch.complex64 if bits == 4 else torch.complex128  # as wide as the levels of a byte
-    index = packed["codes4" if bits == 4 else "codes2"].to(torch.int32)
+    index = packed[f"{name}{4 if bits == 4 else 2}"].to(torch.int32)
     if bits == 3:  # four high bits above each byte of low ones; two bytes of high bits, looked up at once, serve four
-        words = packed["codes1"].view(torch.uint16).to(torch.int32)
+        words = packed[f"{name}1"].view(torch.uint16).to(torch.int32)
         index.bitwise_or_(_high(words.device).index_select(0, words.flatten()).view(torch.int32).view(index.shape))
     table = levels.index_select(0, _bytes(bits, index.device)).view(kind)
     return table.index_select(0, index.flatten()).view(torch.float32).view(*index.shape[:-1], count)

@@ -120,12 +120,29 @@ class Center(_Model):
     value: bool = False
 
 
-class Outliers(_Model):
-    """Channels with bits of their own."""
+def _check_channels(given: Any) -> Any:
+    many = isinstance(given, list)
+    for channel in given if many else [given]:
+        if not isinstance(channel, int) or isinstance(channel, bool) or channel < (not many):
+            raise ValueError(f"found {channel!r}; allowed: how many, 1 or more, or a list of channels, 0 or more")
+    if many and len(set(given)) < max(len(given), 1):
+        raise ValueError(f"found {given}; allowed: one channel or more, each once")
+    return given
 
-    channels: PositiveInt | list[NonNegativeInt]
+
+class Outliers(_Model):
+    """Channels with more bits: so many, those that vary most, or listed ones, with those that vary most up to 16 n."""
+
+    channels: Annotated[Any, AfterValidator(_check_channels)]  # int | list[int]
     bits: PositiveInt
-    select: Literal["calibration", "listed"] = "calibration"
+    select: Literal["calibration", "listed"] | None = None  # what `channels` says anyway
+
+    @model_validator(mode="after")
+    def _selects_as_channels_say(self):
+        says = "listed" if isinstance(self.channels, list) else "calibration"
+        if self.select not in (None, says):
+            raise ValueError(f"select: found {self.select!r}; these channels are of select: {says}")
+        return self
 
 
 class Budget(_Model):
@@ -137,7 +154,7 @@ class Budget(_Model):
 
     bits: Annotated[float, Field(gt=0)]
     over: list[Literal["layers", "heads", "sides"]] = ["layers", "sides"]
-    choices: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 2, 3, 4]
+    choices: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)] = [1, 2, 3, 4]
     tokens: PositiveInt = 512
 
     @field_validator("over", "choices")
@@ -190,7 +207,7 @@ class Recipe(_Model):
     calibration: Calibration | None = None
     tiers: list[Tier] = []
 
-    @field_validator("outliers", "tiers")
+    @field_validator("tiers")
     @classmethod
     def _only_what_is_implemented(cls, value: Any, info: ValidationInfo) -> Any:
         if value != cls.model_fields[info.field_name].default:

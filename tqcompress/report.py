@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -183,8 +183,13 @@ def describe(spec: TensorSpec) -> str:
     """A spec in a few words."""
     if spec.quantizer == "exact":
         return "exact"
-    options = " ".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
-    return f"{spec.bits:g} bit {spec.quantizer} {options}".rstrip()
+    return f"{spec.bits:g} bit {spec.quantizer} {_named(spec.options)}".rstrip()
+
+
+def _named(options: dict[str, Any]) -> str:
+    """`a=1 b=(c=2 d=3)`."""
+    parts = ((key, f"({_named(value)})" if isinstance(value, dict) else value) for key, value in options.items())
+    return " ".join(f"{key}={value}" for key, value in sorted(parts))
 
 
 def bits_map(plan: Plan, width: int) -> Text:

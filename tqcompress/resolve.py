@@ -45,7 +45,7 @@ class _Setting:
         keys = _keys_of(self.quantizer[0])
         return replace(self, keys={k: v for k, v in common.items() if k in keys} | self.keys)
 
-    def with_bits(self, allocated: Callable[[], int]) -> "_Setting":
+    def with_bits(self, allocated: Callable[[], float]) -> "_Setting":
         """This setting with allocated bits, if it has none of its own."""
         return (
             self if "bits" in self.keys else replace(self, keys=self.keys | {"bits": (allocated(), "budget.choices")})
@@ -53,7 +53,8 @@ class _Setting:
 
     def spec(self, shape: HeadShape, source: str) -> TensorSpec:
         """The checked spec. Raises `RecipeError` naming the path of the offending key."""
-        values = {key: value for key, (value, _) in self.keys.items()}
+        nothing = _defaults_to_none(self.quantizer[0])  # null takes back what was said before
+        values = {key: value for key, (value, _) in self.keys.items() if value is not None or key not in nothing}
         paths = {key: path for key, (_, path) in self.keys.items()} | {"quantizer": self.quantizer[1]}
         if "bits" not in values:
             raise RecipeError(f"{source}: {shape.side}.bits: missing; give the bits of a {shape.side}, or a budget")
@@ -62,23 +63,24 @@ class _Setting:
             footprint(spec, shape)
         except RecipeError as error:
             key, _, message = str(error).partition(": ")
-            path = paths.get(key, f"{shape.side}.{key}" if message else shape.side)
+            key, dot, rest = key.partition(".")
+            path = paths.get(key, f"{shape.side}.{key}" if message else shape.side) + dot + rest
             raise RecipeError(f"{source}: {path}: {message or key}") from None
         except ValidationError as error:
             first = error.errors()[0]
             allowed = ["bits", "quantizer", *plugins().registry.codec(spec.quantizer).Options.model_fields]
-            key = str(first["loc"][0])
-            what = (
-                f"unknown key; {spec.quantizer} allows {', '.join(allowed)}"
-                if first["type"] == "extra_forbidden"
-                else f"found {shown(first['input'])}; allowed: {first['msg'].removeprefix('Input should be ')}"
-            )
-            raise RecipeError(f"{source}: {paths.get(key, key)}: {what}") from None
+            key, *rest = first["loc"]
+            what = f"found {shown(first['input'])}; allowed: {first['msg'].removeprefix('Input should be ')}"
+            if first["type"] == "value_error":
+                what = first["msg"].removeprefix("Value error, ")
+            elif first["type"] == "extra_forbidden":
+                what = "unknown key" if rest else f"unknown key; {spec.quantizer} allows {', '.join(allowed)}"
+            raise RecipeError(f"{source}: {yaml_path(paths.get(key, str(key)), *rest)}: {what}") from None
         return spec
 
 
 # The bits of a layer's KV head and side that the recipe gives none, because a budget decides.
-Allocated = Callable[[int, int, SideName], int]
+Allocated = Callable[[int, int, SideName], float]
 
 
 def resolve(recipe: Recipe, model: ModelShape, source: str | None = None, allocated: Allocated | None = None) -> Plan:
@@ -132,10 +134,12 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None, alloca
 
 
 def _common(recipe: Recipe, side: str, base: _Setting, source: str) -> dict[str, tuple[Any, str]]:
-    """What `center` and `balance` mean for one side, as keys of its quantizer."""
+    """What `center`, `balance` and `outliers` mean for one side, as keys of its quantizer."""
     wanted = {"center": (True, f"center.{side}")} if getattr(recipe.center, side) else {}
     if recipe.balance != "none" and side == "key":
         wanted["balance"] = (recipe.balance, "balance")
+    if recipe.outliers is not None:
+        wanted["outliers"] = (recipe.outliers.model_dump(exclude_defaults=True), "outliers")
     name = base.quantizer[0]
     for key, (_, path) in wanted.items():
         if name in plugins().registry.names() and key not in _keys_of(name):
@@ -147,6 +151,13 @@ def _keys_of(quantizer: str) -> list[str]:
     """The recipe keys that a quantizer understands; none if it is not installed, which `spec` refuses."""
     registry = plugins().registry
     return list(registry.codec(quantizer).Options.model_fields) if quantizer in registry.names() else []
+
+
+def _defaults_to_none(quantizer: str) -> list[str]:
+    """Those of its keys that null leaves out."""
+    registry = plugins().registry
+    fields = registry.codec(quantizer).Options.model_fields if quantizer in registry.names() else {}
+    return [key for key, field in fields.items() if not field.is_required() and field.default is None]
 
 
 def _specs(settings: dict[str, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:

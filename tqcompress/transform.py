@@ -12,6 +12,9 @@ of keys and W the second moment of the queries that meet them. With `S = L L^T` 
 the noise is then `D tr(diag(l))^2 / d`, by the inequality of Cauchy and Schwarz the least of all invertible T. Any
 rotation behind T leaves that as it is and evens out the coordinates, so it is the rotation of the recipe that follows.
 `diagonal` is the best diagonal T: `T_ii = (W_ii / S_ii)^(1/4)`.
+
+Subclasses may give the first coordinates of the stored basis more bits (`wide`), and those to outlier channels: these
+are chosen in the basis before the rotation, which is then one of each part. See `parts`.
 """
 
 from typing import Annotated, Literal
@@ -23,6 +26,8 @@ from torch import Tensor
 from .calibrate import Moments
 from .codec import Codec, Field, HeadShape, Options, TensorSpec
 from .errors import RecipeError
+from .parts import bring_forward, outlier_count, wide_coordinates
+from .recipe import Outliers
 from .rotation import Rotation
 
 # The 8-bit scale is 2^((code - LOG_ZERO) / 16): code 0 is zero, 1 to 254 span 2^-7.9 to 2^7.9, 255 means too
@@ -45,7 +50,12 @@ class TransformedOptions(Options):
 
 
 class TransformedCodec(Codec):
-    """Subclasses store one `Field` named `scale` and implement `quantize` and `dequantize`."""
+    """Subclasses store one `Field` named `scale` and implement `quantize` and `dequantize`.
+
+    Attributes:
+        wide: how many of the first coordinates have `wide_bits`, the others having `bits`; 0 in most.
+        outlying: the recipe key `outliers`, of subclasses whose options have it.
+    """
 
     Options = TransformedOptions
 
@@ -54,10 +64,18 @@ class TransformedCodec(Codec):
         options, dim = self.options, shape.head_dim
         if options.balance != "none" and shape.side == "value":
             raise RecipeError(f"balance: found {options.balance!r}; only keys can be balanced")
-        turn = Rotation.state(options.rotation, dim, options.seed)
-        if options.balance != "none":
-            turn = dict.fromkeys(("into", "back"), Rotation.matrix(turn, dim).expand(shape.num_kv_heads, dim, dim))
+        self.wide, self.wide_bits, self.outlying = 0, self.bits + 1, getattr(options, "outliers", None)
+        if self.outlying:
+            self._set_outliers(self.outlying)
+        elif spec.bits != self.bits:
+            self.wide = wide_coordinates(spec.bits, dim)
+        self.measured = options.balance != "none" or self.outlying is not None  # matrices, from calibration
+        turn = {} if self.measured else Rotation.state(options.rotation, dim, options.seed)
+        if self.measured:
+            turn = dict.fromkeys(("into", "back"), self._rotation().expand(shape.num_kv_heads, dim, dim))
             turn["back"] = turn["back"].mT
+        if self.outlying:
+            turn["outliers"] = torch.arange(self.wide, dtype=torch.int16).expand(shape.num_kv_heads, -1)
         if options.center:
             turn["mean"] = torch.zeros(shape.num_kv_heads, dim)
         for name, tensor in turn.items():
@@ -77,8 +95,8 @@ class TransformedCodec(Codec):
 
     @property
     def needs_statistics(self) -> bool:
-        """Centring and balancing come from calibration."""
-        return self.options.center or self.options.balance != "none"
+        """Centring, balancing and outliers come from calibration."""
+        return self.options.center or self.measured
 
     def scale_field(self) -> dict[str, Field]:
         """The field of the scale, for `layout`."""
@@ -110,12 +128,11 @@ class TransformedCodec(Codec):
 
     def rotate(self, query: Tensor) -> Tensor:
         """The query in the stored basis: by the inverse transpose of what turns keys."""
-        balanced = self.options.balance != "none"
-        return query @ self.back.mT if balanced else Rotation.forward(query, self.state())
+        return query @ self.back.mT if self.measured else Rotation.forward(query, self.state())
 
     def unrotate(self, output: Tensor) -> Tensor:
         """Back to the original basis."""
-        return output @ self.back if self.options.balance != "none" else Rotation.inverse(output, self.state())
+        return output @ self.back if self.measured else Rotation.inverse(output, self.state())
 
     def fits(self, packed: dict[str, Tensor]) -> Tensor:
         """False if a scale is beyond its format."""
@@ -123,31 +140,54 @@ class TransformedCodec(Codec):
         return (packed["scale"] != LOG_OVERFLOW).all() if log_scale else super().fits(packed)
 
     def fit(self, moments: Moments) -> None:
-        """Set the mean and the balancing matrices."""
+        """Set the mean, the matrices and the channels that are outliers."""
         if self.options.center:
             self.mean.copy_(moments.mean)
+        if not self.measured:
+            return
+        spread = moments.covariance
+        if not self.options.center:
+            spread = spread + moments.mean[:, :, None] * moments.mean[:, None, :]
         if self.options.balance != "none":
-            spread = moments.covariance
-            if not self.options.center:
-                spread = spread + moments.mean[:, :, None] * moments.mean[:, None, :]
             matrix = balancing(spread, moments.query, self.options.balance)
-            rotation = Rotation.matrix(
-                Rotation.state(self.options.rotation, self.shape.head_dim, self.options.seed), self.shape.head_dim
-            )
-            into = matrix.mT @ rotation.to(matrix)
-            self.into.copy_(into)
-            self.back.copy_(torch.linalg.inv(self.into.to(matrix)))  # of the matrix as it is stored
+        else:
+            matrix = torch.eye(self.shape.head_dim).to(spread).expand_as(spread)
+        if self.outlying:
+            listed = self.outlying.channels if isinstance(self.outlying.channels, list) else []
+            matrix, chosen = bring_forward(matrix, spread, self.wide, listed)
+            self.get_buffer("outliers").copy_(chosen)
+        self.into.copy_(matrix.mT @ self._rotation().to(matrix))
+        self.back.copy_(torch.linalg.inv(self.into.to(matrix)))  # of the matrix as it is stored
 
     def basis(self) -> tuple[Tensor, Tensor]:
         """float32 `[1 or kv_heads, head_dim, head_dim]`: the maps into the stored basis and back."""
-        if self.options.balance != "none":
+        if self.measured:
             return self.into, self.back
         dim, device = self.shape.head_dim, next(self.buffers()).device
         into = Rotation.matrix(self.state(), dim, device)[None].contiguous()
         return into, into.mT.contiguous()
 
     def _turn(self, x: Tensor) -> Tensor:
-        return x @ self.into if self.options.balance != "none" else Rotation.forward(x, self.state())
+        return x @ self.into if self.measured else Rotation.forward(x, self.state())
+
+    def _set_outliers(self, outliers: Outliers) -> None:
+        """How many coordinates they are. Raises `RecipeError`."""
+        if self.spec.bits != self.bits:
+            raise RecipeError(f"bits: found {self.spec.bits:g}; beside outliers only whole numbers are possible")
+        if outliers.bits not in self.supported_bits:
+            allowed = ", ".join(map(str, self.supported_bits))
+            raise RecipeError(f"outliers.bits: found {outliers.bits}; {self.name} supports {allowed}")
+        if isinstance(outliers.channels, list) and self.options.balance == "key":
+            raise RecipeError(
+                "outliers.channels: found a list; balance: key leaves the channels of the model, give how many"
+            )
+        self.wide_bits, self.wide = outliers.bits, outlier_count(outliers, self.bits, self.shape.head_dim)
+
+    def _rotation(self) -> Tensor:
+        """float32 `[head_dim, head_dim]`: the rotation, or one of the outliers and one of the other channels."""
+        sizes = (self.wide, self.shape.head_dim - self.wide) if self.outlying else (self.shape.head_dim,)
+        kind, seed = self.options.rotation, self.options.seed
+        return torch.block_diag(*(Rotation.matrix(Rotation.state(kind, size, seed), size) for size in sizes))
 
     def _encode_scale(self, scale: Tensor) -> Tensor:
         if self.options.scale == "fp16":

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import plain, tuning
 from .combine import Exact, RingStep, combine
 from .launch import Scratch, on_device
-from .packed import Packed
+from .packed import Packed, unflat
 from .prepare import empty, prepare
 
 
@@ -141,6 +141,10 @@ def decode_attention_op(
     key_step: float | None,
     key_uniform: bool,
     key_window: int,
+    key_wide_levels: Tensor | None,
+    key_wide_dim: int,
+    key_wide_bits: int,
+    key_wide_uniform: bool,
     value_planes: Sequence[Tensor],
     value_scale: Tensor,
     value_levels: Tensor,
@@ -148,6 +152,10 @@ def decode_attention_op(
     value_step: float | None,
     value_uniform: bool,
     value_window: int,
+    value_wide_levels: Tensor | None,
+    value_wide_dim: int,
+    value_wide_bits: int,
+    value_wide_uniform: bool,
     key_back: Tensor,
     value_back: Tensor,
     key_mean: Tensor | None,
@@ -164,8 +172,14 @@ def decode_attention_op(
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` for torch.compile and export; `sinks` and `recent` are empty or keys and values."""
-    key = Packed(tuple(key_planes), key_scale, key_levels, key_bits, key_step, key_uniform, key_window)
-    value = Packed(tuple(value_planes), value_scale, value_levels, value_bits, value_step, value_uniform, value_window)
+    key = unflat(
+        key_planes, key_scale, key_levels, key_bits, key_step, key_uniform, key_window,
+        key_wide_levels, key_wide_dim, key_wide_bits, key_wide_uniform,
+    )  # fmt: skip
+    value = unflat(
+        value_planes, value_scale, value_levels, value_bits, value_step, value_uniform, value_window,
+        value_wide_levels, value_wide_dim, value_wide_bits, value_wide_uniform,
+    )  # fmt: skip
     return decode_attention(
         query, key, value, key_back, value_back, key_mean, value_mean, tuple(sinks) or None, tuple(recent) or None,
         tokens, scaling, softcap, lengths, mask, block_table, SPLITS[split], splits,
@@ -186,6 +200,6 @@ def through_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`decode_attention` through the custom op: what code that is compiled or exported calls."""
     return decode_attention_op(
-        query, list(key.planes), *key[1:], list(value.planes), *value[1:], key_back, value_back, key_mean, value_mean,
+        query, *key.flat, *value.flat, key_back, value_back, key_mean, value_mean,
         list(sinks or ()), list(recent or ()), tokens, scaling, softcap, lengths, mask, block_table, split, splits,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device
-from .packed import Packed, plane_widths
+from .packed import Packed, plane_widths, unflat
 from .storage import aligned, load_digits, load_shuffled, load_states, offset_of, units
 
 BLOCK = 64  # tokens of a program
@@ -99,7 +99,8 @@ def dequantize(packed: Packed, out: Tensor, start: int, block_table: Tensor | No
     if out.numel() == 0:
         return
     with on_device(out):
-        _launch(packed, out, start, block_table)
+        for first, count, part in packed.parts(out.shape[3]):
+            _launch(part, out[..., first : first + count], start, block_table)
 
 
 @torch.library.custom_op("tqcompress::dequantize", mutates_args={"out"})
@@ -113,13 +114,18 @@ def dequantize_op(
     out: Tensor,
     start: int,
     block_table: Tensor | None,
+    wide_levels: Tensor | None = None,
+    wide_dim: int = 0,
+    wide_bits: int = 0,
+    wide_uniform: bool = False,
 ) -> None:
     """`dequantize` for compiled models."""
-    dequantize(Packed(tuple(planes), scale, levels, bits, None, uniform, window), out, start, block_table)
+    wide = wide_levels, wide_dim, wide_bits, wide_uniform
+    dequantize(unflat(planes, scale, levels, bits, None, uniform, window, *wide), out, start, block_table)
 
 
 @dequantize_op.register_fake
-def _(planes, scale, levels, bits, uniform, window, out, start, block_table) -> None:
+def _(planes, scale, levels, bits, uniform, window, out, start, block_table, *wide) -> None:
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .encode_kernel import encode_kernel
 from .launch import Scratch, launch, on_device
 from .overlap import launch_options
-from .packed import plane_widths
+from .packed import Wide, plane_widths
 from .ring import BLOCK, Ring
 from .storage import aligned, units
 
@@ -32,8 +32,10 @@ class Encoder(NamedTuple):
         matrix: bfloat16 `[terms, 1 or kv_heads, size, size]`; `factor` times the sum of the terms is the map into
             the stored basis, to float32. Padded with zeros to a power of two, columns in the order of `_columns`.
         mean: float32 `[kv_heads, size]`, the mean in the basis of `matrix`, or None.
-        table: float32, the positive boundaries and then the squares of the positive levels, both ascending.
+        table: float32, the positive boundaries and then the squares of the positive levels, both ascending; with `wide`
+            those of the first coordinates and then those of the others.
         uniform: whether the levels are evenly spaced.
+        wide: how many of the first coordinates have `wide_bits`, the others having `bits`.
     """
 
     matrix: Tensor
@@ -44,6 +46,9 @@ class Encoder(NamedTuple):
     log_scale: bool
     norm_correction: bool
     uniform: bool
+    wide: int = 0
+    wide_bits: int = 0
+    wide_uniform: bool = False
 
     def launch(
         self, x: Tensor, planes: tuple[Tensor, ...], scale: Tensor, start: int, slots: Tensor | None,
@@ -54,8 +59,9 @@ class Encoder(NamedTuple):
 
 
 def encoder(
-    into: Tensor, mean: Tensor | None, levels: Tensor, scale_format: str, norm_correction: bool = True
-) -> Encoder:
+    into: Tensor, mean: Tensor | None, levels: Tensor, scale_format: str, norm_correction: bool = True,
+    wide: Wide | None = None,
+) -> Encoder:  # fmt: skip
     """Prepare an `Encoder`; reads values on the host, so not while a CUDA graph is captured.
 
     Args:
@@ -63,23 +69,36 @@ def encoder(
         mean: float32 `[kv_heads, head_dim]` or None.
         levels: float32 `[2**bits]`, ascending and symmetric about zero.
         scale_format: "fp16" or "log8".
+        wide: the first coordinates, if they have levels of their own, symmetric as well.
     """
-    dim, count = into.shape[-1], levels.shape[0]
+    dim = into.shape[-1]
     if dim % 8 or dim > 256:
         raise ValueError(f"head_dim: found {dim}; multiples of 8 up to 256 are supported")
-    if (levels + levels.flip(0)).abs().max() > 1e-6 * levels.abs().max():
-        raise ValueError(f"levels: found {levels.tolist()}; they must be symmetric about zero")
+    if wide and (wide.dim % 16 or not 0 < wide.dim < dim):
+        raise ValueError(f"wide.dim: found {wide.dim}; multiples of 16 below {dim} are supported")
     (terms, factor), rest = _bfloat16_terms(into.double()), _size(dim) - dim
     matrix = _columns(torch.nn.functional.pad(terms, (0, rest, 0, rest))).contiguous()
     if mean is not None:
         mean = (mean.double()[:, None] @ into.double())[:, 0] / factor
         mean = _columns(torch.nn.functional.pad(mean, (0, rest))).float().contiguous()
+    table, uniform = _table(levels)
+    bits, log_scale = levels.shape[0].bit_length() - 1, scale_format == "log8"
+    by = Encoder(matrix, mean, table, factor, bits, log_scale, norm_correction, uniform)
+    if wide is None:
+        return by
+    first, even = _table(wide.levels)
+    return by._replace(table=torch.cat([first, table]), wide=wide.dim, wide_bits=wide.bits, wide_uniform=even)
+
+
+def _table(levels: Tensor) -> tuple[Tensor, bool]:
+    """`Encoder`'s table of some levels, and whether these are evenly spaced."""
+    count = levels.shape[0]
+    if (levels + levels.flip(0)).abs().max() > 1e-6 * levels.abs().max():
+        raise ValueError(f"levels: found {levels.tolist()}; they must be symmetric about zero")
     positive = levels[count // 2 :].float()
-    table = torch.cat([(positive[1:] + positive[:-1]) / 2, positive.square()])
     odd = torch.arange(count // 2, device=levels.device) * 2 + 1
     uniform = count > 2 and bool((positive / positive[0] - odd).abs().max() < 1e-4)
-    bits, log_scale = count.bit_length() - 1, scale_format == "log8"
-    return Encoder(matrix, mean, table, factor, bits, log_scale, norm_correction, uniform)
+    return torch.cat([(positive[1:] + positive[:-1]) / 2, positive.square()]), uniform
 
 
 def encode(
@@ -118,10 +137,15 @@ def encode_op(
     log_scale: bool,
     norm_correction: bool,
     uniform: bool,
+    wide: int,
+    wide_bits: int,
+    wide_uniform: bool,
     slots: Tensor | None,
 ) -> None:
     """`encode` for compiled models: `encode_op(x, planes, scale, start, *encoder, slots)`."""
-    by = Encoder(matrix, mean, table, factor, bits, log_scale, norm_correction, uniform)
+    by = Encoder(
+        matrix, mean, table, factor, bits, log_scale, norm_correction, uniform, wide, wide_bits, wide_uniform
+    )  # fmt: skip
     encode(x, tuple(planes), scale, start, by, slots)
 
 
@@ -164,12 +188,29 @@ def _bfloat16_terms(into: Tensor) -> tuple[Tensor, float]:
     return torch.stack(terms), factor
 
 
-def _method(by: Encoder) -> str:
+class _Part(NamedTuple):
+    """Coordinates with the same levels: where they, their planes and their table begin, and how levels are found."""
+
+    first: int
+    end: int
+    bits: int
+    method: str
+    planes: int = 0
+    table: int = 0
+
+
+def _parts(by: Encoder, dim: int) -> list[_Part]:
     if by.table.dim() == 0:  # not of levels: a factor of vectors that are left as numbers
-        return "unit"
-    if by.uniform:
-        return "uniform"
-    return "linear" if by.bits <= LINEAR_BITS else "search"
+        return [_Part(0, dim, by.bits, "unit")]
+    rest = by.wide, dim, by.bits, _method(by.bits, by.uniform)
+    if not by.wide:
+        return [_Part(*rest)]
+    first = _Part(0, by.wide, by.wide_bits, _method(by.wide_bits, by.wide_uniform))
+    return [first, _Part(*rest, len(plane_widths(by.wide_bits)), (1 << by.wide_bits) - 1)]
+
+
+def _method(bits: int, uniform: bool) -> str:
+    return "uniform" if uniform else "linear" if bits <= LINEAR_BITS else "search"
 
 
 def _dot_type(dtype: torch.dtype, x_terms: int, block: int) -> tl.dtype:
@@ -240,7 +281,8 @@ def run(
         tiling = _Tiling(BLOCK.value, False, 1 << 30, {} if INTERPRETED else {"num_warps": 4})
     block, x_terms = tiling.block, _terms_of(x.dtype, terms)
     flat = tokens < block or block == 1
-    widths = plane_widths(by.bits)
+    parts = _parts(by, dim)
+    widths = [plane_widths(part.bits) for part in parts]
     tiles = -(-batch * tokens // block) if flat else batch * -(-tokens // block)
     per = -(-tiles // max(1, tiling.programs // heads))
     x_unit, x_strides = units(x.stride()[:3], 8)
@@ -273,16 +315,19 @@ def run(
         DIM=dim,
         SIZE=size,
         LANES=_lanes(size),
-        BITS=by.bits,
-        WIDTHS=widths,
+        FIRST=tuple(part.first for part in parts),
+        END=tuple(part.end for part in parts),
+        BITS=tuple(part.bits for part in parts),
+        METHOD=tuple(part.method for part in parts),
+        PLANE=tuple(part.planes for part in parts),
+        TABLE=tuple(part.table for part in parts),
         LOG_SCALE=by.log_scale,
         CORRECT=by.norm_correction,
-        METHOD=_method(by),
         FLAT=flat,
         PAGE_TOKENS=0 if slots is None else planes[0].shape[2],
         X_UNIT=x_unit,
         PLANE_UNIT=plane_unit,
-        ALIGNED=aligned(planes, widths),
+        ALIGNED=all(aligned(planes[part.planes :][: len(of)], of) for part, of in zip(parts, widths, strict=True)),
         X_TERMS=x_terms,
         M_TERMS=terms,
         DOT=_dot_type(x.dtype, x_terms, block),

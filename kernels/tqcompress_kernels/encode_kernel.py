@@ -10,6 +10,13 @@ from .overlap import let_next_start, wait_for_previous
 from .quantize import TINY, levels_of, quantized
 from .ring import due_block
 from .storage import offset_of, shuffled, store_words
+from .tiles import widths
+
+
+@triton.constexpr_function
+def method_of(methods, p):
+    """A text of a tuple; as an argument the subscription alone is none that Triton 3.6 takes."""
+    return methods[p]
 
 
 @triton.jit(do_not_specialize=["slot_stride", "sinks", "capacity", "batch", "tokens", "start", "tiles", "per"])
@@ -39,11 +46,14 @@ def encode_kernel(
     DIM: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    FIRST: tl.constexpr,  # of each part of the coordinates: where it begins and ends,
+    END: tl.constexpr,
+    BITS: tl.constexpr,  # the bits of its codes,
+    METHOD: tl.constexpr,  # how levels are found,
+    PLANE: tl.constexpr,  # its first plane,
+    TABLE: tl.constexpr,  # and where its table begins
     LOG_SCALE: tl.constexpr,
     CORRECT: tl.constexpr,
-    METHOD: tl.constexpr,
     FLAT: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,  # 0 without slots
     X_UNIT: tl.constexpr,
@@ -73,7 +83,9 @@ def encode_kernel(
             for i in range(batch):
                 tl.store(p_state + 2 + i, packed)
     matrix += head * head_stride
-    levels = levels_of(table, BITS, METHOD)
+    levels = ()
+    for p in tl.static_range(len(BITS)):
+        levels += (levels_of(table + TABLE[p], BITS[p], method_of(METHOD, p)),)
     if RESIDENT:
         held = _terms_of_matrix(matrix, 0, SIZE, SIZE, M_TERMS, term_stride, DOT)
     for tile in tl.range(first, tl.minimum(first + per, tiles)):
@@ -101,34 +113,55 @@ def encode_kernel(
         y = tl.permute(tl.reshape(y, (BLOCK, LANES // 4, SIZE // LANES // 2, 4, 2)), (0, 1, 3, 2, 4))
         y = tl.reshape(y, (BLOCK, LANES, SIZE // LANES) if BLOCK > 1 else (1, SIZE // 8, 8))
         rms = tl.sqrt(tl.sum(tl.sum(y * y, 2), 1, keep_dims=True) / DIM)
-        if METHOD == "unit":
+        if method_of(METHOD, 0) == "unit":
             vector = (page * tl.num_programs(1) + head) * tokens + row + lane
             count = tl.num_programs(1).to(tl.int64) * batch * tokens
-            unit = y * (levels[0] / tl.maximum(rms, TINY))[:, :, None]
+            unit = y * (levels[0][0] / tl.maximum(rms, TINY))[:, :, None]
             _store_units(planes[0] + vector, count, unit, seen, DIM)
             tl.store(scale + vector, tl.sum(rms, 1) * (factor * DIM**0.5), mask=seen)
         else:
-            words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT)
-            if CORRECT:
-                stored = tl.sum(rms, 1) * factor / tl.sqrt(tl.sum(energy, 1) / DIM + levels[0])
-            else:
-                stored = tl.sum(rms, 1) * factor
             if PAGE_TOKENS:
                 slot = tl.load(slots + page * slot_stride + row + lane, mask=seen, other=-1)
                 seen, page, row, lane = slot >= 0, slot // PAGE_TOKENS, slot % PAGE_TOKENS, lane * 0
             else:
                 row += start
-            for i in tl.static_range(len(planes)):
-                strides = (plane_strides[3 * i], plane_strides[3 * i + 1], plane_strides[3 * i + 2])
-                rows = planes[i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
-                if BITS == 3 and WIDTHS[i] == 1:
-                    store_words(rows, shuffled(words[i]), seen, 2, (DIM + 15) // 16, ALIGNED)
-                else:
-                    store_words(rows, words[i], seen, WIDTHS[i], DIM // 8, ALIGNED)
+            square = tl.zeros((BLOCK,), tl.float32)
+            for p in tl.static_range(len(BITS)):  # a part's words leave the registers before the next ones come
+                square += _encode_part(
+                    y, rms, levels[p], table + TABLE[p], planes, page, row, head, lane, seen, plane_strides,
+                    FIRST[p], END[p], BITS[p], method_of(METHOD, p), PLANE[p], CORRECT, DIM, PLANE_UNIT, ALIGNED,
+                )  # fmt: skip
+            stored = tl.sum(rms, 1) * factor
+            if CORRECT:
+                stored = stored / tl.sqrt(square)
             rows = scale + offset_of(page, row, head, lane, scale_strides, 1)
             tl.store(rows, stored_scale(stored, LOG_SCALE), mask=seen)
     if not COUNT:
         wait_for_previous(OVERLAP)
+
+
+@triton.jit
+def _encode_part(
+    y, rms, levels, table, planes, page, row, head, lane, seen, plane_strides, FIRST: tl.constexpr, END: tl.constexpr,
+    BITS: tl.constexpr, METHOD: tl.constexpr, PLANE: tl.constexpr, CORRECT: tl.constexpr, DIM: tl.constexpr,
+    PLANE_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Store the codes of a part; returns its share of the mean square of the levels.
+
+    All coordinates are quantized, and words of the part are stored: where its words are, threads have those of others.
+    """
+    words, energy = quantized(y, rms, levels, table, BITS, METHOD, CORRECT, FIRST, END, DIM)
+    WIDTHS: tl.constexpr = widths(BITS)
+    for i in tl.static_range(len(WIDTHS)):
+        strides = (
+            plane_strides[3 * (PLANE + i)], plane_strides[3 * (PLANE + i) + 1], plane_strides[3 * (PLANE + i) + 2],
+        )  # fmt: skip
+        rows = planes[PLANE + i] + offset_of(page, row, head, lane, strides, PLANE_UNIT)
+        if BITS == 3 and WIDTHS[i] == 1:
+            store_words(rows, shuffled(words[i]), seen, 2, FIRST // 16, (END + 15) // 16, ALIGNED)
+        else:
+            store_words(rows, words[i], seen, WIDTHS[i], FIRST // 8, END // 8, ALIGNED)
+    return tl.sum(energy, 1) / DIM + levels[0] * ((END - FIRST) / DIM)
 
 
 @triton.jit

@@ -13,12 +13,12 @@ from .ring import BLOCK, Ring
 from .storage import units
 from .viterbi import viterbi_kernel
 
-SEAM = 16  # lengths of the window on either side of the seam that the first pass looks at
 NOTES = 4  # bits of symbols that costs carry along, if one symbol has no more
 CHUNK = 1 << 17  # vectors that are rotated before their paths are searched
 IN_REGISTERS, MOST_OVERLAPS = 128, 256  # costs of a vector that a lane's registers hold, and with some of them spilled
 LANES = 32  # vectors of a program
-PROGRAMS = 12  # a multiprocessor
+PROGRAMS = 12  # a multiprocessor, as many as registers allow with 64 overlaps; of half as many overlaps:
+MORE_PROGRAMS = 16
 
 
 class TrellisEncoder(NamedTuple):
@@ -30,6 +30,7 @@ class TrellisEncoder(NamedTuple):
         point: the bit of a cost that is worth `step**2`, so vectors are rounded to `step / 2**(point - group * bits)`.
         lowest, far: costs of the right and the wrong beginnings of paths.
         group: steps whose symbols a cost carries along.
+        reach: coordinates on either side of the seam that the first pass looks at.
         ptx: whether costs are compared by PTX.
     """
 
@@ -44,6 +45,7 @@ class TrellisEncoder(NamedTuple):
     lowest: int
     far: int
     group: int
+    reach: int
     ptx: bool
 
     def launch(
@@ -62,15 +64,14 @@ class TrellisEncoder(NamedTuple):
         batch, heads, tokens, dim = x.shape
         vectors = batch * heads * tokens
         tiles = -(-vectors // LANES)
-        programs = min(tiles, _programs(x.device))
         overlaps, note = len(self.table) >> self.bits, self.bits * self.group
+        programs = min(tiles, _programs(x.device, overlaps))
         words = -(-overlaps // (32 // note))
         unit = memory.new_empty(1, 1, dim, vectors, dtype=torch.int32)
         norms = memory.new_empty(1, 1, vectors, 1, dtype=torch.float32)
         notes = memory.new_empty(programs, dim // self.group, words, LANES, dtype=torch.int32)
         run(self.unit, x, (unit,), norms, 0, None, ring, count, scale.shape[2])
         unit_of_codes, strides = units(codes.stride()[:3], 16)
-        window = len(self.table).bit_length() - 1
         launch(
             viterbi_kernel,
             (programs,),
@@ -99,7 +100,7 @@ class TrellisEncoder(NamedTuple):
             LOWEST=self.lowest,
             FAR=self.far,
             GROUP=self.group,
-            REACH=min(dim // 2, SEAM * -(-window // self.bits)),
+            REACH=self.reach,
             DIM=dim,
             LOG_SCALE=self.log_scale,
             CORRECT=self.norm_correction,
@@ -113,9 +114,10 @@ class TrellisEncoder(NamedTuple):
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, overlaps: int) -> int:
     """As many as run at once."""
-    return 4 if INTERPRETED else PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    each = PROGRAMS if overlaps > 32 else MORE_PROGRAMS
+    return 4 if INTERPRETED else each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def obstacle(states: int, bits: int) -> str | None:
@@ -127,15 +129,16 @@ def obstacle(states: int, bits: int) -> str | None:
 
 def trellis_encoder(
     into: Tensor, mean: Tensor | None, table: Tensor, step: float, bits: int, scale_format: str,
-    norm_correction: bool = True, group: int | None = None,
+    norm_correction: bool = True, group: int | None = None, reach: int | None = None,
 ) -> TrellisEncoder:  # fmt: skip
     """Prepare a `TrellisEncoder`; reads values on the host, so not while a CUDA graph is captured.
 
     Args:
         into, mean, scale_format: as `encode.encoder` takes them.
+        reach: as `TrellisEncoder` has it; chosen if None.
         table: float32 `[states]`, integers up to 127 times `step`, and `table == -table.flip(0)`.
     """
-    dim = into.shape[-1]
+    dim, window = into.shape[-1], len(table).bit_length() - 1
     whole = (table.double() / step).round().cpu()
     if reason := obstacle(len(table), bits):
         raise ValueError(reason)
@@ -151,6 +154,7 @@ def trellis_encoder(
     return TrellisEncoder(
         unit, whole.to(table.device, torch.float32), tuple(whole.int().tolist()), step, bits, scale_format == "log8",
         norm_correction, point, -(2**31) + (math.ceil(lowest) << point), math.ceil(far) << point, group,
+        reach or min(dim // 2, max(24, 3 * window, 6 * -(-window // bits))),
         not INTERPRETED and torch.version.hip is None,
     )  # fmt: skip
 

@@ -4,119 +4,32 @@ Needs CUDA with int8 tensor cores reached by mma.sync m16n8k32 (compute capabili
 """
 
 import functools
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import overlap, trellis_asm, tuning
+from . import overlap, tuning
 from .fast_kernel import decode_kernel
 from .launch import launch
-from .packed import Packed, is_uniform
+from .lookups import Lookup
+from .packed import Packed
 
-LANES = 32
-TABLE_BYTES = 16 << 10  # of shared memory for the table of a trellis
+STATIC_BYTES = 47 << 10  # of shared memory that a program can have without asking, but for scales
 RESERVED = 1024  # bytes of shared memory that the system takes of each program
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """How a side's codes become integers: `kind` of `fast_kernel`, its table on the device, and the unit.
-
-    Kind "u4" means uniform levels `(code - 7.5) * step`; "t4" any levels that are integers times `step`; "w4..." codes
-    of a trellis, see `trellis_asm.Kind`.
-    """
-
-    kind: str
-    table: Tensor
-    step: float
-
-    @property
-    def bits(self) -> int:
-        """Bits a code."""
-        return int(self.kind[1])
-
-    @property
-    def trellis(self) -> trellis_asm.Kind | None:
-        """The kind of trellis codes, None for others."""
-        return trellis_asm.parse(self.kind) if self.kind[0] == "w" else None
-
-    def to(self, device: torch.device) -> "Lookup":
-        """The same on another device."""
-        return replace(self, table=self.table.to(device))
-
-
-def lookup(levels: Tensor, device: torch.device) -> "Lookup | str":
-    """The lookup for ascending symmetric `levels` `[2**bits]`, or why there is none."""
-    values = levels.double().cpu()
-    count = len(values)
-    bits = count.bit_length() - 1
-    if bits in (1, 2, 4, 8) and is_uniform(values):
-        none = torch.zeros(1, LANES, dtype=torch.int32, device=device)
-        return Lookup(f"u{bits}", none, float(values.diff().mean()))
-    if bits not in (2, 3, 4):
-        return f"{bits}-bit levels that are not uniform"
-    step = integer_step(values)
-    if step is None:
-        return "levels that are not integers of one byte times a common step"
-    whole = (values / step).round().to(torch.int64)
-    words = {2: _words(whole), 3: _words(whole), 4: _words(whole[8:] + 1) + _words(whole[:8])}[bits]
-    table = torch.tensor(words, dtype=torch.int64).to(torch.int32)[:, None].expand(-1, LANES).contiguous()
-    return Lookup(f"t{bits}", table.to(device), step)
-
-
-def trellis_lookup(levels: Tensor, step: float, bits: int, per: int | None = None, copies: int | None = None) -> Lookup:
-    """The lookup for trellis codes whose states have these `levels` `[2**window]`, integers times `step`.
-
-    Args:
-        per: coordinates that are looked up at once, 1, 2 or 4.
-        copies: of the table, a power of two up to 32; as many as fit into `TABLE_BYTES` if None.
-    """
-    window = len(levels).bit_length() - 1
-    kinds = [trellis_asm.Kind(bits, window, n, 1, "tq_trellis") for n in ((1, 2, 4) if per is None else (per,))]
-    kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
-    kind = min((kind for kind in kinds if 4 * kind.entries <= TABLE_BYTES or per), key=_cost)
-    whole = (levels.double().cpu() / step).round().to(torch.int64) & 255
-    entry = torch.arange(kind.entries)
-    words = sum(whole[(entry >> (bits * i)) & (len(levels) - 1)] << (8 * i) for i in range(kind.per))
-    lanes = torch.arange(LANES) % kind.copies * 4
-    table = torch.cat([lanes, words.repeat_interleave(kind.copies)]).to(torch.int32)
-    return Lookup(kind.text, table.to(levels.device), step)
-
-
-def _copies(kind: trellis_asm.Kind) -> int:
-    """As many as fit."""
-    return min(32, 1 << max(1, TABLE_BYTES // (4 * kind.entries)).bit_length() - 1)
-
-
-# How often, on average, a warp's lookups take their turn at the bank where most of them meet.
-TURNS = {1: 3.5, 2: 3.3, 4: 3.1, 8: 2.9, 16: 2.0, 32: 1.0}
-
-
-def _cost(kind: trellis_asm.Kind) -> float:
-    """Cycles of a multiprocessor's quarter for a coordinate of a warp: of its shared memory or of its integer unit."""
-    return max(4 * TURNS[kind.copies] / kind.per, 2 * (2 / kind.per + (1.35 if kind.per == 1 else 1.1)))
-
-
-def integer_step(levels: Tensor, largest: int = 126) -> float | None:
-    """The unit of which all `levels` are whole multiples up to `largest`, or None."""
-    for top in range(1, largest + 1):
-        whole = levels / levels.abs().max() * top
-        if (whole - whole.round()).abs().max() < 1e-3 * min(1.0, top / 100):
-            return float(levels.abs().max() / top)
-    return None
-
-
-def _words(numbers: Tensor) -> list[int]:
-    """Signed bytes, four to a little-endian 32-bit word."""
-    data = (numbers & 255).tolist() + [0] * (-len(numbers) % 4)
-    return [int.from_bytes(bytes(data[i : i + 4]), "little", signed=True) for i in range(0, len(data), 4)]
-
-
-def padded(dim: int, bits: int, key: bool) -> int:
-    """The head_dim that the kernel's tile of one side covers."""
-    least = 128 if bits in (1, 3) or (not key and bits == 2) else 64
+def padded(dim: int, kind: str, key: bool) -> int:
+    """Of `dim` coordinates, how many the kernel's tile of one side covers."""
+    least = 128 if kind == "u1" or (kind == "u2" and not key) else 32 if kind[1] == "4" and key else 64
     return max(least, 1 << (dim - 1).bit_length())
+
+
+def kind_of(found: Lookup, dim: int, key: bool) -> str:
+    """The kind that reads `dim` coordinates: a lane has half a word of each row of 64 values of 2 or 3 bits."""
+    half = not key and found.kind in ("t2", "t3") and padded(dim, found.kind, key) == 64
+    return f"h{found.bits}" if half else found.kind
 
 
 def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch.device) -> str | None:
@@ -127,12 +40,12 @@ def obstacle(key: "Lookup | str", value: "Lookup | str", dim: int, device: torch
         if isinstance(found, str):
             return f"{side}s have {found}"
         if found.trellis:
-            if dim not in (128, 256):
-                return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 128 and 256"
+            if dim not in (64, 128, 256):
+                return f"{side} rows of {dim} trellis codes: the int8 kernel reads those of 64, 128 and 256"
             continue
-        narrowest = 1 if found.bits == 3 else found.bits
-        if dim * narrowest % 32:
-            return f"{side} rows of {dim} codes are not whole 32-bit words"
+        for count, one in found.parts(dim):
+            if count * (1 if one.bits == 3 else one.bits) % 32:
+                return f"{side} rows of {count} codes are not whole 32-bit words"
     return None
 
 
@@ -158,11 +71,11 @@ class FastSplit:
         page = 0 if block_table is None else key.planes[0].shape[2]
         for first in range(0, columns, at_once):
             count = min(at_once, columns - first)
-            small = dim > 128 or count > 8 or page % 64
+            size = tile or self._tile(key, value, count, page, dim, stages)
             self._launch(
                 rotated[:, :, first:], None if bias is None else bias[:, :, first:], key, value,
                 partial[:, :, :, first:], lse[:, :, :, first:], count, tokens, lengths, mask, block_table, page,
-                scaling, softcap, tile or (32 if small else 64), stages,
+                scaling, softcap, size, stages,
             )  # fmt: skip
 
     def _launch(
@@ -172,8 +85,12 @@ class FastSplit:
         batch, kv_heads, _, dim = rotated.shape
         _check(key, "key", page, tile)
         _check(value, "value", page, tile)
-        kc, kh, vc, vh = key.planes[0], key.planes[-1], value.planes[0], value.planes[-1]
+        stages, rings = self._rings(key, value, dim, tile, stages)
         none = lse  # stands for tensors that are not there
+        (*wide_keys, (_, _, keys)), (*wide_values, (_, _, values)) = key.parts(dim), value.parts(dim)
+        kc, kh, vc, vh = keys.planes[0], keys.planes[-1], values.planes[0], values.planes[-1]
+        wide_key, k_constants = _wide(self.key, wide_keys, True, none)
+        wide_value, v_constants = _wide(self.value, wide_values, False, none)
         launch(
             decode_kernel, (batch * kv_heads, partial.shape[2]),
             rotated, none if bias is None else bias, kc, kh, key.scale, self.key.table, vc, vh, value.scale,
@@ -183,13 +100,16 @@ class FastSplit:
             *kc.stride()[:2], *kh.stride()[:2], *key.scale.stride()[:2],
             *vc.stride()[:2], *vh.stride()[:2], *value.scale.stride()[:2],
             0 if mask is None else mask.stride(0), 0 if block_table is None else block_table.stride(0),
-            KEY=self.key.kind, VALUE=self.value.kind, D=dim,
+            wide_key, wide_value,
+            KEY=self.key.kind, VALUE=kind_of(self.value, dim - self.value.wide_dim, False), D=dim,
             KD=self._padded(dim, True), VD=self._padded(dim, False),
             COLUMNS=columns, C=max(4, 1 << (columns - 1).bit_length()), T=tile, PAGE=page,
             KR=kc.stride(2), KHR=kh.stride(2), KSR=key.scale.stride(2),
             VR=vc.stride(2), VHR=vh.stride(2), VSR=value.scale.stride(2), STAGES=stages,
             SOFTCAP=softcap is not None, MASK=mask is not None, LENGTHS=lengths is not None, BIAS=bias is not None,
-            BUFFERS=self._buffers(key, value, dim, tile, stages), CLAIMS=self._claims(key.scale.device), num_warps=1,
+            BUFFERS=self._buffers(key, value, dim, tile, stages), RINGS=rings,
+            PIECES=(_piece(key, self.key, dim), _piece(value, self.value, dim)), WIDE_KEY=k_constants,
+            WIDE_VALUE=v_constants, num_warps=1,
             **overlap.launch_options(rotated.device),
         )  # fmt: skip
 
@@ -203,19 +123,65 @@ class FastSplit:
         if not overlap.overlaps(device) or self.key.trellis or self.value.trellis:
             return stages
         scales = key.scale.element_size() + value.scale.element_size()
-        codes = self._padded(dim, True) * self.key.bits + self._padded(dim, False) * self.value.bits
-        return max(stages, _room(device) // (tile * (codes // 8 + scales)))
+        codes = self._row(dim, True) + self._row(dim, False)
+        return max(stages, _room(device) // (tile * (codes + scales)))
 
     def _padded(self, dim: int, key: bool) -> int:
-        """The head_dim of one side's tile."""
+        """How many coordinates one side's tile covers, wide ones left out."""
         side = self.key if key else self.value
-        return dim if side.trellis else padded(dim, side.bits, key)
+        return dim if side.trellis else padded(dim - side.wide_dim, side.kind, key)
 
-    def _claims(self, device: torch.device) -> tuple[int, int]:
-        """Bytes that each side's table claims at least, for the reason of `_buffers`; -1 for values that need none."""
-        share = self.key.kind == self.value.kind
-        claim = _room(device) if self.key.trellis and share and overlap.overlaps(device) else 0
-        return claim, -1 if share else 0
+    def _row(self, dim: int, key: bool) -> int:
+        """Bytes of a row of one side's codes in shared memory."""
+        side = self.key if key else self.value
+        wide = padded(side.wide_dim, side.wide.kind, key) * side.wide.bits if side.wide else 0
+        return (self._padded(dim, key) * side.bits + wide) // 8
+
+    def _used(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> list[int]:
+        """Bytes of shared memory, where one side has trellis codes: of keys, of values, of scales and of tables."""
+        tables = {side.kind: side.trellis.nbytes for side in (self.key, self.value) if side.trellis}
+        rows = [self._row(dim, True), self._row(dim, False)]
+        rows.append(key.scale.element_size() + value.scale.element_size())
+        return [stages * tile * row for row in rows] + [sum(tables.values())]
+
+    def _rings(self, key: Packed, value: Packed, dim: int, tile: int, stages: int) -> tuple[int, tuple[int, int]]:
+        """How many stages there is room for, and the bytes of the arrays of strings of keys and of values.
+
+        One of them claims what is left of a program's share of the shared memory, for the reason of `_buffers`.
+        """
+        if not (self.key.trellis or self.value.trellis):
+            return stages, (0, 0)
+        if sum(self._used(key, value, dim, tile, stages)) > STATIC_BYTES:
+            stages = 1
+        used = self._used(key, value, dim, tile, stages)
+        rings, device = used[:2], key.scale.device
+        if overlap.overlaps(device):
+            rings[0 if self.key.trellis else 1] += max(0, _room(device) - sum(used)) // 16 * 16
+        return stages, tuple(rings)
+
+    def _tile(self, key: Packed, value: Packed, columns: int, page: int, dim: int, stages: int) -> int:
+        """Tokens of a tile: 64 if registers, pages and shared memory allow for as many."""
+        if dim > 128 or columns > 8 or page % 64:
+            return 32
+        if not (self.key.trellis or self.value.trellis) or key.scale.device.type != "cuda":
+            return 64
+        return 64 if sum(self._used(key, value, dim, 64, stages)) <= _room(key.scale.device) else 32
+
+
+def _wide(found: Lookup, parts: list, key: bool, none: Tensor) -> tuple[tuple, tuple]:
+    """What `fast_wide` knows of the first coordinates of a side: tensors and numbers, and constants."""
+    if not parts:
+        return (none,), ("", 0, 0, 0, 0)
+    (_, count, part), one = parts[0], found.wide
+    main, high = part.planes[0], part.planes[-1]
+    constants = kind_of(one, count, key), count, padded(count, one.kind, key), main.stride(2), high.stride(2)
+    return (main, high, one.table, one.step, *main.stride()[:2], *high.stride()[:2]), constants
+
+
+def _piece(side: Packed, found: Lookup, dim: int) -> int:
+    """Bytes of a row of strings that are copied at once: they and addresses are multiples of it; 0: scalar codes."""
+    codes = side.planes[0]
+    return math.gcd(16, dim * side.bits // 8, codes.data_ptr(), *codes.stride()[:3]) if found.trellis else 0
 
 
 @functools.cache

@@ -11,6 +11,8 @@ Every builder returns (text, number of outputs) for `inline_asm_elementwise(pack
 
 from typing import NamedTuple
 
+import triton
+
 NIBBLES = "0x0F0F0F0F"
 SELECT = "0xE4"  # lop3: bits of the first operand where the third is set, of the second elsewhere
 
@@ -142,9 +144,10 @@ def value_uniform(bits: int) -> tuple[str, int]:
     return asm.done()
 
 
-def _nibbles_across(asm: Asm) -> None:
+@triton.constexpr_function
+def nibbles_across(asm: Asm, words: list[str]) -> None:
     """Registers ae, ao, be, bo: in each byte a nibble (even or odd ones) of tokens 0 and 1 (a) or 2 and 3 (b)."""
-    for name, first, second in (("a", asm.input(0), asm.input(1)), ("b", asm.input(2), asm.input(3))):
+    for name, first, second in (("a", *words[:2]), ("b", *words[2:])):
         asm.add(
             f"shl.b32 t, {second}, 4",
             f"lop3.b32 {name}e, {first}, t, {NIBBLES}, {SELECT}",
@@ -153,10 +156,11 @@ def _nibbles_across(asm: Asm) -> None:
         )
 
 
-_QUADS = [(half, parity) for half in range(2) for parity in range(2)]
+QUADS = [(half, parity) for half in range(2) for parity in range(2)]
 
 
-def _quad(asm: Asm, half: int, parity: int) -> tuple[int, int]:
+@triton.constexpr_function
+def quad(asm: Asm, half: int, parity: int) -> tuple[int, int]:
     """Register s: a nibble of 4 tokens in its low half and another in its high half; returns which nibbles."""
     suffix = "eo"[parity]
     asm.add(f"prmt.b32 s, a{suffix}, b{suffix}, {('0x5140', '0x7362')[half]}")
@@ -167,9 +171,9 @@ def value_table4() -> tuple[str, int]:
     """Outputs 2i, 2i + 1: the two lookups of code i of 4 tokens; inputs: 4 words, 4 x each table word."""
     asm = Asm(16, "ae, ao, be, bo, s, t")
     p0, p1, n0, n1 = (asm.input(4 + 4 * i) for i in range(4))
-    _nibbles_across(asm)
-    for half, parity in _QUADS:
-        first, second = _quad(asm, half, parity)
+    nibbles_across(asm, [asm.input(i) for i in range(4)])
+    for half, parity in QUADS:
+        first, second = quad(asm, half, parity)
         asm.add(
             "xor.b32 t, s, 0x88888888",
             f"prmt.b32 ${2 * first}, {p0}, {p1}, t",
@@ -186,19 +190,10 @@ def value_table3() -> tuple[str, int]:
     """Output i holds code i of 4 tokens; inputs: 4 words, 4 x 16 high bits, table words."""
     asm = Asm(16, "ae, ao, be, bo, s, t, u, he, ho, x, y")
     p0, p1 = asm.input(8), asm.input(12)
-    _nibbles_across(asm)
-    asm.add(
-        f"prmt.b32 x, {asm.input(4)}, {asm.input(6)}, 0x5410",
-        f"prmt.b32 y, {asm.input(5)}, {asm.input(7)}, 0x5410",
-        "shl.b32 t, y, 4",
-        f"lop3.b32 he, x, t, {NIBBLES}, {SELECT}",
-        "shr.u32 t, x, 4",
-        f"lop3.b32 ho, t, y, {NIBBLES}, {SELECT}",
-        "prmt.b32 he, he, he, 0x3120",
-        "prmt.b32 ho, ho, ho, 0x3120",
-    )
-    for half, parity in _QUADS:
-        first, second = _quad(asm, half, parity)
+    nibbles_across(asm, [asm.input(i) for i in range(4)])
+    _half_nibbles_across(asm, [asm.input(4 + i) for i in range(4)], "he", "ho")
+    for half, parity in QUADS:
+        first, second = quad(asm, half, parity)
         high = "he" if parity == 0 else "ho"
         for code in range(2):
             shift = ("shl.b32 t, {}, 2", "shl.b32 t, {}, 1", "mov.b32 t, {}", "shr.u32 t, {}, 1")[2 * half + code]
@@ -217,14 +212,51 @@ def value_table2() -> tuple[str, int]:
     """As `value_table3` without high bits; inputs: 4 words, table word."""
     asm = Asm(16, "ae, ao, be, bo, s, t, u")
     p0 = asm.input(4)
-    _nibbles_across(asm)
-    for half, parity in _QUADS:
-        first, second = _quad(asm, half, parity)
+    nibbles_across(asm, [asm.input(i) for i in range(4)])
+    for half, parity in QUADS:
+        first, second = quad(asm, half, parity)
         for code in range(2):
             if code:
                 asm.add("shr.u32 s, s, 2")
             asm.add("and.b32 u, s, 0x33333333")
             asm.look_up("u", p0, p0, 2 * first + code, 2 * second + code)
+    return asm.done()
+
+
+def _half_nibbles_across(asm: Asm, words: list[str], even: str, odd: str) -> None:
+    """Two registers with the nibbles of the low 16 bits of 4 tokens' words: 0 and 2, and 1 and 3, of all tokens."""
+    asm.add(
+        f"prmt.b32 x, {words[0]}, {words[2]}, 0x5410",
+        f"prmt.b32 y, {words[1]}, {words[3]}, 0x5410",
+        "shl.b32 t, y, 4",
+        f"lop3.b32 {even}, x, t, {NIBBLES}, {SELECT}",
+        "shr.u32 t, x, 4",
+        f"lop3.b32 {odd}, t, y, {NIBBLES}, {SELECT}",
+        f"prmt.b32 {even}, {even}, {even}, 0x3120",
+        f"prmt.b32 {odd}, {odd}, {odd}, 0x3120",
+    )
+
+
+def value_half(bits: int) -> tuple[str, int]:
+    """`value_table2` and `value_table3` for words of 8 codes: 16 bits, and 16 with the high bits in places 4 b + c."""
+    asm = Asm(8, "se, so, t, u, he, ho, x, y")
+    tables = [asm.input(4), asm.input(4)] if bits == 2 else [asm.input(8), asm.input(12)]
+    _half_nibbles_across(asm, [asm.input(i) for i in range(4)], "se", "so")
+    if bits == 3:
+        _half_nibbles_across(asm, [asm.input(4 + i) for i in range(4)], "he", "ho")
+    for parity, (low, high) in enumerate((("se", "he"), ("so", "ho"))):
+        for code in range(2):
+            if code:
+                asm.add(f"shr.u32 {low}, {low}, 2")
+            if bits == 2:
+                asm.add(f"and.b32 u, {low}, 0x33333333")
+            else:
+                asm.add(
+                    f"shl.b32 t, {high}, {2 - code}",
+                    "and.b32 t, t, 0x44444444",
+                    f"lop3.b32 u, {low}, 0x33333333, t, 0xEA",
+                )
+            asm.look_up("u", *tables, 2 * parity + code, 4 + 2 * parity + code)
     return asm.done()
 
 
@@ -255,9 +287,14 @@ def key_plans() -> dict[str, Plan]:
 
 
 def value_plans() -> dict[str, Plan]:
-    """The plan of every kind of values; 4 words, of 4 tokens, count as one input, 1-bit words have 16 codes."""
+    """The plan of every kind of values; 4 words, of 4 tokens, count as one input, 1-bit words have 16 codes.
+
+    "h": tables for words of which a lane has a half, those of rows of 64.
+    """
     plans = {f"u{bits}": _plan(min(16, 32 // bits), value_uniform(bits), 1, 0) for bits in (1, 2, 4, 8)}
     plans["t2"] = _plan(16, value_table2(), 2, 1)
     plans["t3"] = _plan(16, value_table3(), 4, 2)
     plans["t4"] = _plan(8, value_table4(), 5, 4)
+    plans["h2"] = _plan(8, value_half(2), 2, 1)
+    plans["h3"] = _plan(8, value_half(3), 4, 2)
     return plans

@@ -13,68 +13,69 @@ and an eighth g of the rows of tokens `4 i + c` of the values.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .fast_operands import (
     LIMIT,
-    arguments,
     code_bits,
-    expand,
-    half_words,
     is_trellis,
     is_uniform,
     join_fixed,
     key_operands,
-    key_table,
+    key_tables,
     main_bits,
     per_head,
-    plan,
     query_operands,
-    side_by_side,
-    store_rows,
-    value_table,
+    value_tables,
     word_count,
+    zero_point,
 )  # fmt: skip
-from .fast_tiles import by_row, copy_side, key_tile, load_rows, ring, row_tokens, scale_of, value_scales, value_tile
+from .fast_products import add_values, key_products, no_values, store_values
+from .fast_tiles import (
+    by_row,
+    copy_side,
+    key_tile,
+    load_rows,
+    ring,
+    row_tokens,
+    scale_ring,
+    value_scales,
+    value_tile,
+)  # fmt: skip
 from .fast_trellis import (
-    await_tables,
+    copy_strings,
+    declare,
+    in_shared_memory,
     key_strings,
     load_table,
+    string_scales,
     trellis_key_operands,
-    trellis_value_operands,
     value_strings,
+    warp_barrier,
 )
+from .fast_wide import copy_wide, wide_key_operands, wide_ring, wide_rows, wide_value_words
 from .overlap import let_next_start, wait_for_previous
 
 
 @gluon.jit
-def value_product(VALUE: gl.constexpr, o, i: gl.constexpr, P, A8: gl.constexpr, MMA: gl.constexpr):
-    """Accumulator `i` of a word for this tile: the operands of two codes times the weights."""
-    r = gl.zeros([16, P.shape[1]], gl.int32, MMA)
-    if VALUE == "t4":  # the two lookups of a code
-        a = gl.convert_layout(side_by_side(o[4 * i], o[4 * i + 2], 0), A8, assert_trivial=True)
-        r = mma_v2(a, P, r)
-        a = gl.convert_layout(side_by_side(o[4 * i + 1], o[4 * i + 3], 0), A8, assert_trivial=True)
-        return mma_v2(a, P, r)
-    else:
-        a = gl.convert_layout(side_by_side(o[2 * i], o[2 * i + 1], 0), A8, assert_trivial=True)
-        return mma_v2(a, P, r)
-
-
-@gluon.jit
-def side_ring(kind: gl.constexpr, BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, p_scale):
-    """The ring of one side; strings of trellis codes have none."""
+def side_ring(kind: gl.constexpr, NAME: gl.constexpr, SIZE: gl.constexpr, BUFFERS: gl.constexpr, T: gl.constexpr,
+              DIM: gl.constexpr, p_scale):  # fmt: skip
+    """The ring of one side; strings of trellis codes have theirs in an array `NAME` of `SIZE` bytes."""
     if is_trellis(kind):
-        return (0, 0, 0)
+        declare(NAME, SIZE)
+        return (0, 0, scale_ring(BUFFERS, T, p_scale))
     else:
         return ring(BUFFERS, T, DIM, main_bits(kind), code_bits(kind) == 3, p_scale)
 
 
 @gluon.jit
-def copy_ahead(kind: gl.constexpr, buffers, stage, side, s, end, D: gl.constexpr, ROW: gl.constexpr,
-               HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr, T: gl.constexpr):  # fmt: skip
-    """`copy_side` for a side that has a ring."""
-    if not is_trellis(kind):
+def copy_ahead(kind: gl.constexpr, NAME: gl.constexpr, PIECE: gl.constexpr, buffers, stage, side, s, end,
+               D: gl.constexpr, ROW: gl.constexpr, HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr,
+               T: gl.constexpr):  # fmt: skip
+    """Start copying a whole tile of one side into its ring."""
+    if is_trellis(kind):
+        copy_strings(kind, NAME, buffers[2], stage, side, s, D, ROW, table, PAGE, T, PIECE)
+    else:
         bits: gl.constexpr = main_bits(kind)
         copy_side(buffers, stage, side, s, end, D, bits, code_bits(kind) == 3, ROW, HIGH_ROW, table, PAGE, T)
 
@@ -84,14 +85,15 @@ def copy_ahead(kind: gl.constexpr, buffers, stage, side, s, end, D: gl.constexpr
 def decode_kernel(
     p_query, p_bias, p_kc, p_kh, p_ks, k_table, p_vc, p_vh, p_vs, v_table, p_mask, p_lengths, p_pages, p_out, p_lse,
     tokens, kv_heads, all_columns, scaling, softcap, key_step, value_step,
-    kc_n, kc_h, kh_n, kh_h, ks_n, ks_h, vc_n, vc_h, vh_n, vh_h, vs_n, vs_h, mask_b, pages_b,
+    kc_n, kc_h, kh_n, kh_h, ks_n, ks_h, vc_n, vc_h, vh_n, vh_h, vs_n, vs_h, mask_b, pages_b, wide_key, wide_value,
     KEY: gl.constexpr, VALUE: gl.constexpr, D: gl.constexpr, KD: gl.constexpr, VD: gl.constexpr,
     COLUMNS: gl.constexpr, C: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
     KR: gl.constexpr, KHR: gl.constexpr, KSR: gl.constexpr, VR: gl.constexpr, VHR: gl.constexpr, VSR: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, MASK: gl.constexpr, LENGTHS: gl.constexpr, BIAS: gl.constexpr,
-    BUFFERS: gl.constexpr, CLAIMS: gl.constexpr, OVERLAP: gl.constexpr,
+    BUFFERS: gl.constexpr, RINGS: gl.constexpr, PIECES: gl.constexpr,
+    WIDE_KEY: gl.constexpr, WIDE_VALUE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head. See `plain.split` for the arguments."""
+    """One split of one KV head. See `plain.split` for the arguments, and `fast_wide` for the wide ones."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     A8: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     B8: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
@@ -101,7 +103,16 @@ def decode_kernel(
     KMAIN: gl.constexpr = main_bits(KEY)
     VMAIN: gl.constexpr = main_bits(VALUE)
     VALUE_WORDS: gl.constexpr = word_count("value", VALUE, VD)
-    OUTS: gl.constexpr = plan("value", VALUE, "codes") // 2  # accumulators a word
+    WK: gl.constexpr = WIDE_KEY[1]  # how many of the first coordinates have more bits; KEY, KD ... are of the others
+    WV: gl.constexpr = WIDE_VALUE[1]
+    WK_KIND: gl.constexpr = WIDE_KEY[0]
+    WV_KIND: gl.constexpr = WIDE_VALUE[0]
+    WK_D: gl.constexpr = WIDE_KEY[2]
+    WV_D: gl.constexpr = WIDE_VALUE[2]
+    WK_ROW: gl.constexpr = WIDE_KEY[3]
+    WV_ROW: gl.constexpr = WIDE_VALUE[3]
+    WK_HIGH_ROW: gl.constexpr = WIDE_KEY[4]
+    WV_HIGH_ROW: gl.constexpr = WIDE_VALUE[4]
     OL: gl.constexpr = join_fixed(gl.zeros([16, N], gl.int32, MMA)).type.layout
     SL: gl.constexpr = join_fixed(gl.zeros([T, N], gl.int32, MMA)).type.layout
     HEAD: gl.constexpr = gl.SliceLayout(0, SL)
@@ -139,35 +150,59 @@ def decode_kernel(
         vs_n,
     )
 
+    if WK > 0:
+        k_rows = wide_rows(wide_key, first, h)
+        wk_ring = wide_ring(WK_KIND, BUFFERS, T, WK_D)
+        wk_tables = key_tables(wide_key[2], WK_KIND, T)
+    if WV > 0:
+        v_rows = wide_rows(wide_value, first, h)
+        wv_ring = wide_ring(WV_KIND, BUFFERS, T, WV_D)
+        wv_tables = value_tables(wide_value[2], WV_KIND, T)
+        wide_acc = no_values(WV_D // 16, C, OL)
+
     # Whole tiles come through a ring of shared-memory buffers, copied `STAGES - 1` tiles ahead of their use.
-    k_ring = side_ring(KEY, BUFFERS, T, KD, p_ks)
-    v_ring = side_ring(VALUE, BUFFERS, T, VD, p_vs)
+    K_NAME: gl.constexpr = "tq_keys"
+    V_NAME: gl.constexpr = "tq_values"
+    KP: gl.constexpr = PIECES[0]
+    VP: gl.constexpr = PIECES[1]
+    k_ring = side_ring(KEY, K_NAME, RINGS[0], BUFFERS, T, KD, p_ks)
+    v_ring = side_ring(VALUE, V_NAME, RINGS[1], BUFFERS, T, VD, p_vs)
+    if in_shared_memory(KEY):
+        load_table(k_table + 32, KEY)
+    if in_shared_memory(VALUE) and VALUE != KEY:  # else it is the keys' table
+        load_table(v_table + 32, VALUE)
+    async_copy.commit_group()
     for ahead in gl.static_range(STAGES - 1):
         if start + ahead * T < whole:
-            copy_ahead(KEY, k_ring, ahead, keys, start + ahead * T, end, D, KR, KHR, p_pages, PAGE, T)
-            copy_ahead(VALUE, v_ring, ahead, values, start + ahead * T, end, D, VR, VHR, p_pages, PAGE, T)
+            coming = start + ahead * T
+            copy_ahead(KEY, K_NAME, KP, k_ring, ahead, keys, coming, end, D - WK, KR, KHR, p_pages, PAGE, T)
+            copy_ahead(VALUE, V_NAME, VP, v_ring, ahead, values, coming, end, D - WV, VR, VHR, p_pages, PAGE, T)
+            if WK > 0:
+                copy_wide(WK_KIND, wk_ring, ahead, k_rows, coming, end, WK, WK_ROW, WK_HIGH_ROW, p_pages, PAGE)
+            if WV > 0:
+                copy_wide(WV_KIND, wv_ring, ahead, v_rows, coming, end, WV, WV_ROW, WV_HIGH_ROW, p_pages, PAGE)
         async_copy.commit_group()
 
-    if is_trellis(KEY):
-        load_table(k_table + 32, KEY, CLAIMS[0])
-    if is_trellis(VALUE) and CLAIMS[1] >= 0:  # else it shares the keys' table
-        load_table(v_table + 32, VALUE, CLAIMS[1])
-    k_tables = ()
-    for i in gl.static_range(plan("key", KEY, "tables")):
-        k_tables = k_tables + (key_table(k_table + 32 * i, T),)
-    v_tables = ()
-    for i in gl.static_range(plan("value", VALUE, "tables")):
-        v_tables = v_tables + (value_table(v_table + 32 * i, T),)
+    k_tables = key_tables(k_table, KEY, T)
+    v_tables = value_tables(v_table, VALUE, T)
 
     wait_for_previous(OVERLAP)
+    p_query += row * all_columns * D
     queries, top, total = query_operands(
-        p_query + row * all_columns * D, KEY, word_count("key", KEY, KD), D, COLUMNS, N, B8
-    )
+        p_query + WK, KEY, word_count("key", KEY, KD), D - WK, D, COLUMNS, N, B8
+    )  # fmt: skip
     gain = per_head(top, HEAD) * (key_step * scaling / LIMIT)
     head = gl.arange(0, C, HEAD)
     offset = gl.zeros([C], gl.float32, HEAD)
-    if is_uniform(KEY):  # stored as the code, for 8 bits less 128
-        offset = per_head(total, HEAD) * (0.5 * ((1 << KB) - 1) - (128 if KB == 8 else 0))
+    if is_uniform(KEY):
+        offset = zero_point(total, KEY, HEAD)
+    if WK > 0:
+        wide_queries, top, total = query_operands(
+            p_query, WK_KIND, word_count("key", WK_KIND, WK_D), WK, D, COLUMNS, N, B8
+        )
+        wide_gain = per_head(top, HEAD) * (wide_key[3] * scaling / LIMIT)
+        if is_uniform(WK_KIND):
+            wide_offset = zero_point(total, WK_KIND, HEAD)
     bias = gl.zeros([C], gl.float32, HEAD)
     if BIAS:
         bias = gl.load(p_bias + row * all_columns + head, mask=head < COLUMNS, other=0.0)
@@ -175,42 +210,54 @@ def decode_kernel(
     m = gl.full([C], -1e30, gl.float32, HEAD)
     mass = gl.zeros([C], gl.float32, HEAD)
     weight = gl.zeros([C], gl.float32, HEAD)  # sum of the fixed-point weights
-    acc = ()
-    for _ in gl.static_range(VD // 16):
-        acc = acc + (gl.zeros([16, C], gl.float32, OL),)
+    acc = no_values(VD // 16, C, OL)
     stage = 0
-    if is_trellis(KEY) or is_trellis(VALUE):
-        await_tables()
     for part in gl.static_range(2):  # whole tiles, then the one that ends in the middle, if any
         for s in range(start if part == 0 else whole, whole if part == 0 else end, T):
             if part == 0:
                 free = (stage + STAGES - 1) % STAGES
                 coming = gl.minimum(s + (STAGES - 1) * T, whole - T)
-                copy_ahead(KEY, k_ring, free, keys, coming, end, D, KR, KHR, p_pages, PAGE, T)
-                copy_ahead(VALUE, v_ring, free, values, coming, end, D, VR, VHR, p_pages, PAGE, T)
-                if not (is_trellis(KEY) and is_trellis(VALUE)):
-                    async_copy.commit_group()
-                    async_copy.wait_group(STAGES - 1)
+                if is_trellis(KEY) or is_trellis(VALUE):
+                    warp_barrier()  # all lanes have read the tile before
+                copy_ahead(KEY, K_NAME, KP, k_ring, free, keys, coming, end, D - WK, KR, KHR, p_pages, PAGE, T)
+                copy_ahead(VALUE, V_NAME, VP, v_ring, free, values, coming, end, D - WV, VR, VHR, p_pages, PAGE, T)
+                if WK > 0:
+                    copy_wide(WK_KIND, wk_ring, free, k_rows, coming, end, WK, WK_ROW, WK_HIGH_ROW, p_pages, PAGE)
+                if WV > 0:
+                    copy_wide(
+                        WV_KIND, wv_ring, free, v_rows, coming, end, WV, WV_ROW, WV_HIGH_ROW, p_pages,
+                        PAGE,
+                    )  # fmt: skip
+                async_copy.commit_group()
+                async_copy.wait_group(STAGES - 1)
+                if is_trellis(KEY) or is_trellis(VALUE):
+                    warp_barrier()
+            elif in_shared_memory(KEY) or in_shared_memory(VALUE):  # there may have been no whole tile to wait for
+                async_copy.wait_group(0)
+                warp_barrier()
             if is_trellis(KEY):
-                words = key_strings(KEY, keys[0], s, end, D, KR, p_pages, keys[3], PAGE, T, part == 1)
-                ks = scale_of(load_rows(keys[2], s, end, KSR, p_pages, keys[5], PAGE, T, part == 1))
-            if is_trellis(VALUE):  # loaded while keys are worked on
-                v_strings = value_strings(VALUE, values[0], s, end, D, VR, p_pages, values[3], PAGE, T, part == 1)
-            if is_trellis(KEY):
-                operands = trellis_key_operands(KEY, words, k_tables[0])
+                words = key_strings(KEY, K_NAME, stage, keys, s, end, D, KR, p_pages, PAGE, T, part == 1)
+                ks = string_scales(k_ring[2], stage, keys, s, end, KSR, p_pages, PAGE, T, part == 1)
+                operands = trellis_key_operands(KEY, words, k_tables)
             else:
                 words, high, ks = key_tile(
-                    k_ring, stage, keys, s, end, KD, D, KMAIN, KB == 3, KR, KHR, KSR, p_pages, PAGE, T, part == 1
+                    k_ring, stage, keys, s, end, KD, D - WK, KMAIN, KB == 3, KR, KHR, KSR, p_pages, PAGE, T, part == 1
                 )
                 operands = key_operands(KEY, words, high, k_tables)
-            S = gl.zeros([T, N], gl.int32, MMA)
-            for i in gl.static_range(len(operands) // 2):
-                a = side_by_side(operands[2 * i], operands[2 * i + 1], 1)
-                S = mma_v2(gl.convert_layout(a, A8, assert_trivial=True), queries[i], S)
-            scores = join_fixed(S)
+            scores = key_products(operands, queries, T, N, A8, MMA)
             if is_uniform(KEY):
                 scores = scores - offset[None, :]
-            scores = scores * (by_row(ks, scores)[:, None] * gain[None, :])
+            if WK > 0:
+                operands = wide_key_operands(
+                    WK_KIND, wk_ring, stage, k_rows, s, end, WK_D, WK, WK_ROW, WK_HIGH_ROW, p_pages,
+                    PAGE, T, part == 1, wk_tables,
+                )  # fmt: skip
+                more = key_products(operands, wide_queries, T, N, A8, MMA)
+                if is_uniform(WK_KIND):
+                    more = more - wide_offset[None, :]
+                scores = (scores * gain[None, :] + more * wide_gain[None, :]) * by_row(ks, scores)[:, None]
+            else:
+                scores = scores * (by_row(ks, scores)[:, None] * gain[None, :])
             if BIAS:
                 scores = scores + bias[None, :]
             if SOFTCAP:  # tanh by way of exp2
@@ -232,14 +279,14 @@ def decode_kernel(
             mass = mass * shrink + grow * gl.sum(p, 0)
 
             if is_trellis(VALUE):
-                vs = scale_of(load_rows(values[2], s, end, VSR, p_pages, values[5], PAGE, T, part == 1))
+                vs = string_scales(v_ring[2], stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
             else:
                 vs = value_scales(v_ring, stage, values, s, end, VSR, p_pages, PAGE, T, part == 1)
             vmax = gl.maximum(gl.max(vs, 0), 1e-30)
             grow = grow * (vmax / LIMIT)
             # 1.5 * 2**23 puts the integer into the low bits of the float; the 128 rounds the high byte.
             x = gl.fma(p, by_row(vs * (LIMIT / vmax), scores)[:, None] + gl.zeros_like(p), gl.full_like(p, 12583040.0))
-            if is_uniform(VALUE):
+            if is_uniform(VALUE) or (WV > 0 and is_uniform(WV_KIND)):
                 weight = weight * shrink + grow * gl.sum(x - 12583040.0, 0)
             bits = x.to(gl.int32, bitcast=True)
             P = gl.join((bits >> 8).to(gl.int8), (bits ^ 128).to(gl.int8))
@@ -247,31 +294,38 @@ def decode_kernel(
             P = gl.convert_layout(gl.reshape(P, [T, N]), B8)
             shrink_o = gl.convert_layout(shrink, HEAD_O)[None, :]
             grow_o = gl.convert_layout(grow, HEAD_O)[None, :]
-            if not is_trellis(VALUE):
-                words, high = value_tile(
-                    v_ring, stage, values, s, end, VD, D, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T, part == 1
+            if is_trellis(VALUE):
+                v_words = value_strings(VALUE, V_NAME, stage, values, s, end, D, VR, p_pages, PAGE, T, part == 1)
+                v_high = v_words
+            else:
+                v_words, v_high = value_tile(
+                    v_ring, stage, values, s, end, VD, D - WV, VMAIN, VB == 3, VR, VHR, p_pages, PAGE, T, part == 1
                 )
-                if VB == 1:
-                    words = half_words(words, VALUE_WORDS)
-                high = half_words(high, VALUE_WORDS) if VB == 3 else words
-            new = ()
-            for u in gl.static_range(VALUE_WORDS):
-                if is_trellis(VALUE):
-                    o = trellis_value_operands(VALUE, v_strings, u, v_tables[0])
-                else:
-                    o = expand("value", VALUE, 0, arguments(VALUE, words[u], high[u], v_tables))
-                for i in gl.static_range(OUTS):
-                    r = value_product(VALUE, o, i, P, A8, MMA)
-                    new = new + (acc[OUTS * u + i] * shrink_o + join_fixed(r) * grow_o,)
-            acc = new
+            acc = add_values(VALUE, VALUE_WORDS, v_words, v_high, v_tables, acc, P, shrink_o, grow_o, A8, MMA)
+            if WV > 0:
+                v_words, v_high = wide_value_words(
+                    WV_KIND, wv_ring, stage, v_rows, s, end, WV_D, WV, WV_ROW, WV_HIGH_ROW,
+                    p_pages, PAGE, T, part == 1,
+                )  # fmt: skip
+                wide_acc = add_values(
+                    WV_KIND, word_count("value", WV_KIND, WV_D), v_words, v_high, wv_tables,
+                    wide_acc, P, shrink_o, grow_o, A8, MMA,
+                )  # fmt: skip
             if part == 0:
                 stage = (stage + 1) % STAGES
     inverse = gl.where(mass > 0.0, 1.0 / mass, 0.0)
     o_out = (row * splits + i_split) * all_columns
-    scale_o = gl.convert_layout(inverse * value_step, HEAD_O)[None, :]
-    weight_o = gl.convert_layout(weight * inverse * value_step, HEAD_O)[None, :]
+    scale_o = gl.convert_layout(inverse, HEAD_O)[None, :]
+    weight_o = gl.convert_layout(weight * inverse, HEAD_O)[None, :]
     col = gl.arange(0, C, HEAD_O)[None, :]
-    for i in gl.static_range(VD // 16):
-        store_rows(p_out + (o_out + col) * D, acc[i], i, scale_o, weight_o, VALUE, VALUE_WORDS, D, col < COLUMNS)
+    p_out += (o_out + col) * D
+    store_values(
+        p_out + WV, acc, scale_o * value_step, weight_o * value_step, VALUE, VALUE_WORDS, D - WV, col < COLUMNS
+    )
+    if WV > 0:
+        store_values(
+            p_out, wide_acc, scale_o * wide_value[3], weight_o * wide_value[3], WV_KIND,
+            word_count("value", WV_KIND, WV_D), WV, col < COLUMNS,
+        )  # fmt: skip
     lse = gl.where(mass > 0.0, m + gl.log2(mass), -float("inf"))
     gl.store(p_lse + o_out + head, lse, mask=head < COLUMNS)

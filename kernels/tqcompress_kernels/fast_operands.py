@@ -7,7 +7,8 @@ from . import fast_asm, trellis_asm
 
 LIMIT = gl.constexpr(32000.0)  # of the fixed-point numbers: 125 * 256, so that no high byte overflows
 
-# Kinds: "u" uniform levels read by masks, "t" a table of levels; then the bits. "w", trellis codes: `trellis_asm.Kind`.
+# Kinds: "u" uniform levels read by masks, "t" a table of levels, "h" one for rows of 64 values; then the bits. "w",
+# trellis codes: `trellis_asm.Kind`.
 PLANS = gl.constexpr({"key": fast_asm.key_plans(), "value": fast_asm.value_plans()})
 
 
@@ -42,7 +43,7 @@ def is_trellis(kind):
 def word_count(side, kind, dim):
     """Words a lane has of a row in the main plane, or what stands for words: `plan`'s codes at once."""
     if kind[0] == "w":
-        return dim // (128 if side == "key" else 8 * trellis_asm.VALUE_CODES)
+        return dim // 4 // trellis_asm.parse(kind).codes
     return dim * main_bits(kind) // 128 if side == "key" else dim // 8 // plan(side, kind, "codes")
 
 
@@ -59,6 +60,17 @@ def key_shift(kind, o):
     return float(1 << (o % (8 // bits) * bits % 4)) if kind[0] == "u" and bits < 4 else 1.0
 
 
+@gluon.constexpr_function
+def two_lookups(kind):
+    """Whether a value is the sum of two operands."""
+    return kind == "t4" or (kind[0] == "w" and trellis_asm.parse(kind).copies == 0)
+
+
+@gluon.constexpr_function
+def _coordinate(kind, j, r):
+    return trellis_asm.key_coordinates(kind)[j][r]
+
+
 @gluon.jit
 def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
     """The coordinate in byte `r` of lane quarter `c` of operand `o`, counted over all words of a quarter row."""
@@ -67,7 +79,8 @@ def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
     if kind == "t4":
         return first + 4 * (j // 2) + r
     elif kind[0] == "w":
-        return first + 4 * j + r
+        low = gl.where(r == 0, _coordinate(kind, j, 0), _coordinate(kind, j, 1))
+        return first + gl.where(r < 2, low, gl.where(r == 2, _coordinate(kind, j, 2), _coordinate(kind, j, 3)))
     elif kind[0] == "t":
         return first + 2 * (4 * (j % 2) + r) + j // 2
     else:
@@ -78,7 +91,7 @@ def key_code(kind: gl.constexpr, o: gl.constexpr, c, r, WORDS: gl.constexpr):
 def value_rows(kind, i):
     """Of accumulator `i` of a word: the codes of its upper and lower 8 rows, their shift, and the zero point."""
     bits = int(kind[1])
-    if kind[0] in "tw":
+    if kind[0] in "thw":
         return 2 * i, 2 * i + 1, 0, 0
     if bits == 8:
         return 2 * i, 2 * i + 1, 0, 128
@@ -133,11 +146,29 @@ def value_table(p, T: gl.constexpr):
 
 
 @gluon.jit
+def key_tables(p, kind: gl.constexpr, T: gl.constexpr):
+    """All words of the table of a kind of keys."""
+    tables = ()
+    for i in gl.static_range(plan("key", kind, "tables")):
+        tables = tables + (key_table(p + 32 * i, T),)
+    return tables
+
+
+@gluon.jit
+def value_tables(p, kind: gl.constexpr, T: gl.constexpr):
+    """All words of the table of a kind of values."""
+    tables = ()
+    for i in gl.static_range(plan("value", kind, "tables")):
+        tables = tables + (value_table(p + 32 * i, T),)
+    return tables
+
+
+@gluon.jit
 def arguments(kind: gl.constexpr, word, high, tables):
     """What the assembly of a kind reads, all in the layout of `word`."""
     L: gl.constexpr = word.type.layout
     args = (word,)
-    if kind == "t3":
+    if code_bits(kind) == 3:
         args = args + (gl.convert_layout(high, L, assert_trivial=True),)
     for i in gl.static_range(len(tables)):
         args = args + (gl.convert_layout(tables[i], L, assert_trivial=True),)
@@ -195,15 +226,15 @@ def fixed_bytes(x, low):
 
 
 @gluon.jit
-def query_operands(p, kind: gl.constexpr, WORDS: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr,
-                   N: gl.constexpr, B8: gl.constexpr):  # fmt: skip
+def query_operands(p, kind: gl.constexpr, WORDS: gl.constexpr, D: gl.constexpr, ALL: gl.constexpr,
+                   COLUMNS: gl.constexpr, N: gl.constexpr, B8: gl.constexpr):  # fmt: skip
     """Fixed-point query operands `[32, N]` of every pair of key operands, each column's largest number `[N]`, and
-    the sum over coordinates of what multiplies a code of 1."""
+    the sum over coordinates of what multiplies a code of 1; of the first `D` of `ALL` coordinates of each query."""
     n = gl.arange(0, N, gl.SliceLayout(0, B8))
     k = gl.arange(0, 32, gl.SliceLayout(1, B8))
     head = (n // 2)[None, :]
     d = gl.arange(0, 4 * WORDS * plan("key", kind, "codes"), gl.SliceLayout(1, B8))[:, None]
-    top = gl.max(gl.abs(gl.load(p + head * D + d, mask=(d < D) & (head < COLUMNS), other=0.0)), 0)
+    top = gl.max(gl.abs(gl.load(p + head * ALL + d, mask=(d < D) & (head < COLUMNS), other=0.0)), 0)
     top = gl.maximum(top, 1e-30)
     fix = (LIMIT / top)[None, :]
     total = gl.zeros([N], gl.float32, gl.SliceLayout(0, B8))
@@ -215,7 +246,7 @@ def query_operands(p, kind: gl.constexpr, WORDS: gl.constexpr, D: gl.constexpr, 
             key_code(kind, 2 * pair + 1, (k % 16) // 4, k % 4, WORDS),
         )
         shift = gl.where(k < 16, key_shift(kind, 2 * pair), key_shift(kind, 2 * pair + 1))[:, None]
-        x = gl.load(p + head * D + code[:, None], mask=(code < D)[:, None] & (head < COLUMNS), other=0.0)
+        x = gl.load(p + head * ALL + code[:, None], mask=(code < D)[:, None] & (head < COLUMNS), other=0.0)
         x = gl.floor(x * fix / shift + 0.5)
         total += gl.sum(x * shift, 0)
         out = out + (fixed_bytes(x, (n % 2)[None, :]),)
@@ -228,6 +259,13 @@ def per_head(x, layout: gl.constexpr):
     x = gl.convert_layout(x, gl.BlockedLayout([2], [32], [1], [0]))
     even, _ = gl.split(gl.reshape(x, [x.shape[0] // 2, 2]))
     return gl.convert_layout(even, layout)
+
+
+@gluon.jit
+def zero_point(total, kind: gl.constexpr, layout: gl.constexpr):
+    """What is too much in the products of uniform keys, which are the code, for 8 bits less 128."""
+    bits: gl.constexpr = code_bits(kind)
+    return per_head(total, layout) * (0.5 * ((1 << bits) - 1) - (128 if bits == 8 else 0))
 
 
 @gluon.jit

@@ -186,27 +186,46 @@ def scale_of(x):
 
 
 @gluon.jit
-def ring(BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, MAIN: gl.constexpr, HIGH: gl.constexpr, p_scale):
-    """Shared-memory buffers of one side: main plane, plane of high bits (or the main one again), scales."""
-    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+def scale_ring(BUFFERS: gl.constexpr, T: gl.constexpr, p_scale):
+    """Shared-memory buffers of scales."""
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    LINE_WORDS: gl.constexpr = T * p_scale.dtype.element_ty.primitive_bitwidth // 32
+    WORDS: gl.constexpr = T * p_scale.dtype.element_ty.primitive_bitwidth // 32
+    return gl.allocate_shared_memory(gl.int32, [BUFFERS, WORDS], LINE)
+
+
+@gluon.jit
+def plane_ring(BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, MAIN: gl.constexpr, HIGH: gl.constexpr):
+    """Shared-memory buffers of codes: of the main plane, and of the plane of high bits (or the main one again)."""
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     main = gl.allocate_shared_memory(gl.int32, [BUFFERS, T, DIM * MAIN // 32], ROWS)
-    scale = gl.allocate_shared_memory(gl.int32, [BUFFERS, LINE_WORDS], LINE)
     if HIGH:
-        return main, gl.allocate_shared_memory(gl.int32, [BUFFERS, T, DIM // 32], ROWS), scale
+        return main, gl.allocate_shared_memory(gl.int32, [BUFFERS, T, DIM // 32], ROWS)
     else:
-        return main, main, scale
+        return main, main
+
+
+@gluon.jit
+def ring(BUFFERS: gl.constexpr, T: gl.constexpr, DIM: gl.constexpr, MAIN: gl.constexpr, HIGH: gl.constexpr, p_scale):
+    """Shared-memory buffers of one side: `plane_ring`, and scales."""
+    main, high = plane_ring(BUFFERS, T, DIM, MAIN, HIGH)
+    return main, high, scale_ring(BUFFERS, T, p_scale)
 
 
 @gluon.jit
 def copy_side(buffers, stage, side, s, end, D: gl.constexpr, MAIN: gl.constexpr, HIGH: gl.constexpr, ROW: gl.constexpr,
               HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr, T: gl.constexpr):  # fmt: skip
     """Start copying a whole tile of one side; `side` is pointers to the planes and scales, then page strides."""
+    copy_planes(buffers, stage, side, s, end, D, MAIN, HIGH, ROW, HIGH_ROW, table, PAGE)
+    copy_line(buffers[2].index(stage), side[2], s, table, side[5], PAGE, T)
+
+
+@gluon.jit
+def copy_planes(buffers, stage, side, s, end, D: gl.constexpr, MAIN: gl.constexpr, HIGH: gl.constexpr,
+                ROW: gl.constexpr, HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr):  # fmt: skip
+    """The codes of `copy_side`."""
     words: gl.constexpr = gl.pointer_type(gl.int32)
     main = side[0].to(words, bitcast=True)
     copy_rows(buffers[0].index(stage), main, s, end, ROW // 4, D * MAIN // 32, table, side[3] // 4, PAGE)
-    copy_line(buffers[2].index(stage), side[2], s, table, side[5], PAGE, T)
     if HIGH:
         high = side[1].to(words, bitcast=True)
         copy_rows(buffers[1].index(stage), high, s, end, HIGH_ROW // 4, D // 32, table, side[4] // 4, PAGE)
@@ -217,26 +236,41 @@ def key_tile(buffers, stage, side, s, end, DIM: gl.constexpr, D: gl.constexpr, M
              ROW: gl.constexpr, HIGH_ROW: gl.constexpr, SCALE_ROW: gl.constexpr, table, PAGE: gl.constexpr,
              T: gl.constexpr, PARTIAL: gl.constexpr):  # fmt: skip
     """Words, words of high bits and scales of a tile of keys: from the ring, or the last tile from memory."""
-    WORDS: gl.constexpr = DIM * MAIN // 32
-    HIGH_WORDS: gl.constexpr = DIM // 32
-    pointer: gl.constexpr = gl.pointer_type(gl.int32)
+    words, high = key_planes(buffers, stage, side, s, end, DIM, D, MAIN, HIGH, ROW, HIGH_ROW, table, PAGE, T, PARTIAL)
     if PARTIAL:
-        main = side[0].to(pointer, bitcast=True)
-        x = load_part(main, s, end, ROW // 4, WORDS, D * MAIN // 32, key_layout(WORDS), table, side[3] // 4, PAGE, T)
-        words = key_words(x)
-        high = words
-        if HIGH:
-            p = side[1].to(pointer, bitcast=True)
-            L: gl.constexpr = key_layout(HIGH_WORDS)
-            x = load_part(p, s, end, HIGH_ROW // 4, HIGH_WORDS, D // 32, L, table, side[4] // 4, PAGE, T)
-            high = key_words(x)
         return words, high, scale_of(load_rows(side[2], s, end, SCALE_ROW, table, side[5], PAGE, T, True))
     else:
-        words = key_words(buffers[0].index(stage).load(key_layout(WORDS)))
-        high = words
-        if HIGH:
-            high = key_words(buffers[1].index(stage).load(key_layout(HIGH_WORDS)))
         return words, high, scale_of(line_of(buffers[2].index(stage), side[2].dtype.element_ty, T))
+
+
+@gluon.jit
+def key_planes(buffers, stage, side, s, end, DIM: gl.constexpr, D: gl.constexpr, MAIN: gl.constexpr,
+               HIGH: gl.constexpr, ROW: gl.constexpr, HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr,
+               T: gl.constexpr, PARTIAL: gl.constexpr):  # fmt: skip
+    """The codes of `key_tile`; without high bits their words are the others again."""
+    words = key_plane(buffers[0], stage, side[0], s, end, DIM * MAIN // 8, D * MAIN // 8, ROW, table, side[3], PAGE,
+                      T, PARTIAL)  # fmt: skip
+    high = words
+    if HIGH:
+        high = key_plane(buffers[1], stage, side[1], s, end, DIM // 8, D // 8, HIGH_ROW, table, side[4], PAGE, T,
+                         PARTIAL)  # fmt: skip
+    return words, high
+
+
+@gluon.jit
+def key_plane(buffer, stage, p, s, end, BYTES: gl.constexpr, REAL: gl.constexpr, ROW: gl.constexpr, table,
+              page_stride, PAGE: gl.constexpr, T: gl.constexpr, PARTIAL: gl.constexpr):  # fmt: skip
+    """One plane of a tile of keys: a lane reads a quarter of a row, in words or, if that is 2 bytes, in halves."""
+    SIZE: gl.constexpr = 4 if BYTES >= 16 else 2
+    PARTS: gl.constexpr = BYTES // SIZE
+    part: gl.constexpr = gl.int32 if BYTES >= 16 else gl.uint16
+    if PARTIAL:
+        q = p.to(gl.pointer_type(part), bitcast=True)
+        x = load_part(q, s, end, ROW // SIZE, PARTS, REAL // SIZE, key_layout(PARTS), table, page_stride // SIZE,
+                      PAGE, T)  # fmt: skip
+    else:
+        x = parts_of(buffer.index(stage), part, PARTS).load(key_layout(PARTS))
+    return key_words(x.to(gl.int32))
 
 
 @gluon.jit
@@ -255,6 +289,33 @@ def value_plane(buffer, stage, p, s, end, BYTES: gl.constexpr, REAL: gl.constexp
     return value_words(x)
 
 
+@gluon.constexpr_function
+def pairs_layout(tokens):
+    """Of `[T, 4, 2]`: as `value_layout` of `[T, 8]`."""
+    down = [[8, 0, 0], [16, 0, 0], [4, 0, 0], [32, 0, 0]][: tokens.bit_length() - 3]
+    lanes = [[1, 0, 0], [2, 0, 0], [0, 0, 1], [0, 1, 0], [0, 2, 0]]
+    return gl.DistributedLinearLayout(down, lanes, [], [], [tokens, 4, 2])
+
+
+@gluon.jit
+def high_bytes(buffer, stage, p, s, end, REAL: gl.constexpr, ROW: gl.constexpr, table, page_stride,
+               PAGE: gl.constexpr, T: gl.constexpr, PARTIAL: gl.constexpr):  # fmt: skip
+    """High bits of values in rows of 64, of which a lane has 8: two lanes share 16, since these are shuffled.
+
+    Coordinate 8 a + 2 b + c of 16 has place 4 b + 2 a + c: lane g reads what lane g ^ 1 reads, shifted by 2 (g % 2).
+    """
+    L: gl.constexpr = pairs_layout(T)
+    H: gl.constexpr = gl.SliceLayout(2, L)
+    if PARTIAL:
+        q = p.to(gl.pointer_type(gl.uint16), bitcast=True)
+        x = load_part(q, s, end, ROW // 2, 4, REAL // 2, H, table, page_stride // 2, PAGE, T)
+    else:
+        x = parts_of(buffer.index(stage), gl.uint16, 4).load(H)
+    odd = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, L))), 0), 0)
+    x = gl.reshape(gl.expand_dims(x.to(gl.int32), 2) >> (2 * odd), [T, 8])
+    return value_words(gl.convert_layout(x, value_layout(T, 8), assert_trivial=True))
+
+
 @gluon.jit
 def value_tile(buffers, stage, side, s, end, DIM: gl.constexpr, D: gl.constexpr, MAIN: gl.constexpr,
                HIGH: gl.constexpr, ROW: gl.constexpr, HIGH_ROW: gl.constexpr, table, PAGE: gl.constexpr,
@@ -264,7 +325,9 @@ def value_tile(buffers, stage, side, s, end, DIM: gl.constexpr, D: gl.constexpr,
         buffers[0], stage, side[0], s, end, DIM * MAIN // 8, D * MAIN // 8, ROW, table, side[3], PAGE, T, PARTIAL
     )
     high = words
-    if HIGH:
+    if HIGH and DIM == 64:
+        high = high_bytes(buffers[1], stage, side[1], s, end, D // 8, HIGH_ROW, table, side[4], PAGE, T, PARTIAL)
+    elif HIGH:
         high = value_plane(
             buffers[1], stage, side[1], s, end, DIM // 8, D // 8, HIGH_ROW, table, side[4], PAGE, T, PARTIAL
         )

@@ -10,6 +10,16 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
+class Wide(NamedTuple):
+    """What `Packed` has of the first `dim` coordinates, a multiple of 16, where they have more bits than the rest."""
+
+    dim: int
+    levels: Tensor
+    bits: int
+    step: float | None = None
+    uniform: bool = False
+
+
 class Packed(NamedTuple):
     """Keys or values as they are stored: `levels[code] * scale` in the rotated basis.
 
@@ -26,6 +36,8 @@ class Packed(NamedTuple):
     window: if not 0, codes are those of a trellis: one plane, a circular string of `head_dim * bits` bits (bit j in bit
         j % 8 of byte j // 8); the value of coordinate i is `levels[w]`, w being the `window` bits from bit `i * bits`
         on, the first of them the lowest. Then `levels` is float32 `[2**window]`, in any order.
+    wide: if not None, what is said here is of the other coordinates only, packed like a vector of their own; the planes
+        of the first ones come before theirs. The scale is that of all.
     """
 
     planes: tuple[Tensor, ...]
@@ -35,6 +47,30 @@ class Packed(NamedTuple):
     step: float | None = None
     uniform: bool = False
     window: int = 0
+    wide: Wide | None = None
+
+    @property
+    def flat(self) -> tuple:
+        """Of types that custom operators take; `unflat` undoes it."""
+        dim, levels, bits, _, uniform = self.wide or (0, None, 0, None, False)
+        return (list(self.planes), *self[1:7], levels, dim, bits, uniform)
+
+    def parts(self, dim: int) -> "tuple[tuple[int, int, Packed], ...]":
+        """The first coordinate, the number of them and the codes of each part of vectors of `dim` coordinates."""
+        if self.wide is None:
+            return ((0, dim, self),)
+        count, levels, bits, step, uniform = self.wide
+        planes = len(plane_widths(bits))
+        first = Packed(self.planes[:planes], self.scale, levels, bits, step, uniform)
+        return (0, count, first), (count, dim - count, self._replace(planes=self.planes[planes:], wide=None))
+
+
+def unflat(
+    planes, scale, levels, bits, step, uniform, window, wide_levels, wide_dim, wide_bits, wide_uniform
+) -> Packed:
+    """Undo `Packed.flat`, but for the step of the first coordinates."""
+    wide = None if wide_levels is None else Wide(wide_dim, wide_levels, wide_bits, None, wide_uniform)
+    return Packed(tuple(planes), scale, levels, bits, step, uniform, window, wide)
 
 
 def is_uniform(levels: Tensor) -> bool:

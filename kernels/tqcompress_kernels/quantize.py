@@ -25,8 +25,14 @@ def levels_of(table, BITS: tl.constexpr, METHOD: tl.constexpr):
 
 
 @triton.jit
-def quantized(y, rms, levels, table, BITS: tl.constexpr, METHOD: tl.constexpr, CORRECT: tl.constexpr):
-    """The words of every plane, and sums of the squared levels less the smallest one: `[BLOCK, LANES]`."""
+def quantized(
+    y, rms, levels, table, BITS: tl.constexpr, METHOD: tl.constexpr, CORRECT: tl.constexpr, FIRST: tl.constexpr,
+    END: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The words of every plane, and sums of the squared levels less the smallest one: `[BLOCK, LANES]`.
+
+    Only coordinates from `FIRST` to `END`, multiples of 8, count for the sums.
+    """
     energy = tl.zeros((y.shape[0], y.shape[1]), tl.float32)
     parts, done = _split(y, y.shape[2] // 8), ()
     for i in tl.static_range(len(parts)):
@@ -34,6 +40,9 @@ def quantized(y, rms, levels, table, BITS: tl.constexpr, METHOD: tl.constexpr, C
         zero = energy * 0.0
         magnitude, squares = _magnitude(tl.abs(parts[i]), tl.maximum(rms, TINY) + zero, levels, table, BITS, METHOD)
         if CORRECT:
+            if END - FIRST < DIM:
+                word = tl.arange(0, y.shape[1]) * len(parts) + i
+                squares = tl.where(((word >= FIRST // 8) & (word < END // 8))[None, :], squares, 0.0)
             energy += squares
         done += (_words(parts[i] > zero[:, :, None], magnitude, BITS),)
     planes = ()

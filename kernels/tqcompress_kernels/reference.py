@@ -10,7 +10,7 @@ from .packed import Packed, plane_widths
 
 
 def unpack(side: Packed, head_dim: int) -> Tensor:
-    """The codes `[N, kv_heads, rows, head_dim]`, int64, one bit at a time; of a trellis its states."""
+    """The codes `[N, kv_heads, rows, head_dim]` of one part, int64, one bit at a time; of a trellis its states."""
     if side.window:
         return states(side.planes[0], side.bits, side.window, head_dim)
     codes, at = 0, 0
@@ -41,7 +41,8 @@ def scales(side: Packed, dtype: torch.dtype) -> Tensor:
 
 def stored(side: Packed, head_dim: int, dtype: torch.dtype, block_table: Tensor | None = None) -> Tensor:
     """The vectors `[batch, kv_heads, tokens, head_dim]` in the stored basis."""
-    x = side.levels.to(dtype)[unpack(side, head_dim)] * scales(side, dtype)
+    parts = [part.levels.to(dtype)[unpack(part, dim)] for _, dim, part in side.parts(head_dim)]
+    x = torch.cat(parts, dim=-1) * scales(side, dtype)
     if block_table is not None:  # the pages of a sequence, one after the other
         x = x[block_table.long()].transpose(1, 2).flatten(2, 3)
     return x

@@ -17,7 +17,7 @@ from .combine import RingStep
 from .decode import decode_attention
 from .encode import AnyEncoder, encode_due
 from .launch import Scratch, Tape
-from .packed import Packed
+from .packed import Packed, Wide
 from .ring import Ring, is_due
 
 
@@ -40,7 +40,7 @@ class Side(NamedTuple):
     """Keys or values of `Constants`.
 
     Attributes:
-        levels, bits, step, uniform, window: see `Packed`.
+        levels, bits, step, uniform, window, wide: see `Packed`.
         back, mean: see `decode_attention`.
         encoder: see `encode`.
     """
@@ -53,10 +53,12 @@ class Side(NamedTuple):
     mean: Tensor | None
     encoder: AnyEncoder
     window: int = 0
+    wide: Wide | None = None
 
     def packed(self, planes: Sequence[Tensor], scale: Tensor) -> Packed:
         """The tokens in these buffers."""
-        return Packed(tuple(planes), scale, self.levels, self.bits, self.step, self.uniform, self.window)
+        own = self.levels, self.bits, self.step, self.uniform, self.window, self.wide
+        return Packed(tuple(planes), scale, *own)
 
 
 _IDS = count()

@@ -99,12 +99,15 @@ def load_states(rows, seen, BITS: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
-def store_words(rows, words, seen, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store the `WIDTH` low bytes of every word, the first `GROUPS` of a row, at once if the rows allow it."""
+def store_words(rows, words, seen, WIDTH: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store the `WIDTH` low bytes of every word from `FIRST` to `END`, at once if the rows allow it."""
     group = tl.arange(0, words.shape[1])
     mask = seen[:, None]
-    if words.shape[1] > GROUPS:
-        mask = mask & (group < GROUPS)[None, :]
+    if words.shape[1] > END:
+        mask = mask & (group < END)[None, :]
+    if FIRST > 0:
+        mask = mask & (group >= FIRST)[None, :]
+        group -= FIRST
     if ALIGNED:
         kind: tl.constexpr = (tl.int8, tl.int16, None, tl.int32, None, None, None, tl.int64)[WIDTH - 1]
         rows = rows.to(tl.pointer_type(kind), bitcast=True)

@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
-SEAM = 16  # lengths of the window on either side of the seam that the first pass looks at
 
-
-def search(x: Tensor, table: Tensor, bits: int) -> Tensor:
+def search(x: Tensor, table: Tensor, bits: int, reach: int | None = None) -> Tensor:
     """int64 `[vectors, dim]`: the symbols of a closed path for each vector `[vectors, dim]`, found in two passes.
 
     The first finds the overlap of the last and the first state (the window less one symbol) from the coordinates about
     the seam, the second the path of least squared error that has it.
     """
-    table, (vectors, dim) = table.to(x.dtype), x.shape
+    table, (vectors, dim), window = table.to(x.dtype), x.shape, len(table).bit_length() - 1
     fan, overlaps = 2**bits, len(table) >> bits
-    reach = min(dim // 2, SEAM * -(-(len(table).bit_length() - 1) // bits))
+    reach = reach or min(dim // 2, max(24, 3 * window, 6 * -(-window // bits)))
     costs, choices = _forward(x.roll(reach, 1)[:, : 2 * reach], x.new_zeros(vectors, overlaps), table, fan)
     seam, _ = _backward(choices[reach:], costs.argmin(1), fan)
     costs = x.new_full((vectors, overlaps), torch.inf).scatter(1, seam[:, None], 0)
