@@ -106,10 +106,12 @@ SETUPS = [
     Setup("exact, fixed size", _recipe(), fixed=True, architectures=("llama", "gemma3", "gpt2", "qwen2")),
     Setup("exact, all packed", _recipe(keep={"sinks": 0, "window": 0}), architectures=("llama", "gemma3")),
     Setup("exact, first layer skipped", _recipe(rules=[{"layers": 0, "skip": True}])),
-    Setup("exact, last layer skipped, fixed size", _recipe(rules=[{"layers": -1, "skip": True}]), fixed=True),
+    Setup(
+        "exact, last layer skipped, fixed size", _recipe(rules=[{"layers": -1, "skip": True}]), fixed=True, brief=True
+    ),
     Setup("turboquant", _codec("turboquant", 3), lossy=True, architectures=("llama", "gemma2", "gpt2", "gpt_oss")),
     Setup("turboquant, fixed size", _codec("turboquant", 2, {"scale": "log8"}), lossy=True, fixed=True),
-    Setup("turboquant, no window", _codec("turboquant", 4, keep={"sinks": 2, "window": 0}), lossy=True),
+    Setup("turboquant, no window", _codec("turboquant", 4, keep={"sinks": 2, "window": 0}), lossy=True, brief=True),
     Setup("turboquant, no sinks", _codec("turboquant", 1, keep={"sinks": 0, "window": 5}), lossy=True),
     Setup(
         "turboquant, each head its own",

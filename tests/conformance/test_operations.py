@@ -76,7 +76,7 @@ def test_crop_to_every_length(setup, architecture):
     pair = setup.pair(architecture)
     ids, tail = prompt(40), prompt(6, seed=1)
     first = both(pair, ids, [30, 1, 9])
-    for left in range(0, 41) if architecture == "llama" else (0, 21, 25, 39):
+    for left in range(0, 41, 2 if setup.lossy else 1) if architecture == "llama" else (0, 21, 25, 39):
         caches = copy.deepcopy(first)
         if architecture == "gemma3" and left < 40:  # transformers' sliding layers take no crop once they are full
             continue
