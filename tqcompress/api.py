@@ -1,6 +1,7 @@
 """apply, remove, save, load: the only place that wires the parts to a model."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from . import artifacts
+from . import artifacts, promises
 from .allocate import allocate
 from .cache import CompressedLayer
 from .calibrate import Calibrator, Statistics
@@ -62,14 +63,14 @@ def plan_compression(
     source = str(recipe) if isinstance(recipe, (str, Path)) else loaded.name
     calibrator = calibrator or Calibrator(model)
 
-    def plan_of(allocated: Allocated | None = None) -> Plan:
-        plan = resolve(loaded, shape, source, allocated)
+    def plan_of(allocated: Allocated | None = None, recipe: Recipe = loaded) -> Plan:
+        plan = resolve(recipe, shape, source, allocated)
         for changed in plugins().hook.tqcompress_plan(model=model, recipe=loaded, plan=plan):
             plan = changed or plan
         return plan
 
-    def build(plan: Plan) -> Compression:
-        compression = Compression(loaded, plan, devices, shard)
+    def build(plan: Plan, recipe: Recipe = loaded) -> Compression:
+        compression = Compression(recipe, plan, devices, shard)
         if compression.needs_statistics:
             compression.fit(statistics or calibrator.statistics(loaded))
         elif loaded.calibration is not None and loaded.budget is None:
@@ -77,8 +78,14 @@ def plan_compression(
         compression.choose_backends()
         return compression
 
-    if loaded.budget is None:
+    if loaded.guard is not None and shard.size > 1:
+        raise ModelError(
+            f"{source}: guard: a model that several processes share is not measured; apply the recipe in one process"
+        )
+    if loaded.budget is None and loaded.guard is None:
         return build(plan_of())
+    if loaded.budget is None:
+        return _guarded(model, source, build(plan_of()), calibrator, lambda to: build(plan_of(None, to), to))
     if shard.size > 1:
         raise ModelError(
             f"{source}: budget: a model that several processes share is not measured; apply the recipe in one process, "
@@ -88,6 +95,29 @@ def plan_compression(
     plan, allocation = allocate(model, loaded, source, windows, plan_of, build, progress)
     compression = build(plan)
     compression.allocation = allocation
+    return compression if loaded.guard is None else _guarded(model, source, compression, calibrator)
+
+
+def _guarded(
+    model: nn.Module,
+    source: str,
+    compression: Compression,
+    calibrator: Calibrator,
+    rebuild: Callable[[Recipe], Compression] | None = None,
+) -> Compression:
+    """The compression with its errors measured, as the recipe's `guard` says.
+
+    Where the noise is beyond `guard.limit` it is an error, or, with `rebuild`, those layers get the next bits until it
+    is not. Raises `ModelError` for an error, or if no more bits can be given.
+    """
+    settings, ids = compression.recipe.guard, calibrator.guard_ids(compression.recipe.guard)
+    while weak := promises.weak(compression.measure(model, ids), settings):
+        what = f"{source}: {promises.told(weak, settings)}"
+        if settings.weak == "refuse" or rebuild is None:
+            raise ModelError(f"{what}; center the keys, give those layers more bits, or skip them")
+        log.warning("%s; they get more bits", what)
+        compression = rebuild(promises.with_more_bits(compression.recipe, compression.plan, set(weak), what))
+    compression.choose_backends()
     return compression
 
 

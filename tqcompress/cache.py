@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .errors import ModelError
+from .guard import Sentinel
 from .store import TokenStore
 from .view import GroupView, KVView, LayerCodecs, take_heads
 from .watch import Watch, fits_on_device, refuse_rows, refuse_states
@@ -40,6 +41,7 @@ class CompressedLayer(DynamicLayer):
         self.order: Tensor | None = None  # `[batch, prompt]`: positions in the order stored, if that is another
         self.watch: Watch | None = None  # where asking whether codes fit would wait for the device
         self.watched = 0  # packed tokens that it was asked about
+        self.sentinel = Sentinel(codecs.guard) if codecs.guard else None
 
     def __deepcopy__(self, memo):
         new = copy(self)
@@ -95,6 +97,7 @@ class CompressedLayer(DynamicLayer):
         self.recent = tuple(torch.cat(pair, dim=2) for pair in zip(self.recent, new, strict=True))
         returned = (key_states, value_states) if empty else (self._view(),) * 2
         self._release(keep=self.codecs.window + min(count, DRAFT_ROOM))
+        self._heed()
         return returned
 
     def note_prompt(self, shown: Tensor | None, padding: Tensor | None) -> None:
@@ -121,9 +124,11 @@ class CompressedLayer(DynamicLayer):
         if excess <= 0:
             return
         to_sinks = min(excess, self.codecs.sinks - self.sinks[0].shape[2])
-        to_packed = (excess - to_sinks) // self.codecs.block * self.codecs.block
+        to_packed = 0 if self.exact else (excess - to_sinks) // self.codecs.block * self.codecs.block
         if to_packed:  # before the sinks: if it fails, the tokens are still where they were
             self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
+        if not to_sinks and not to_packed:
+            return
         if to_sinks:
             self.sinks = tuple(
                 torch.cat([sink, recent[:, :, :to_sinks]], dim=2)
@@ -152,6 +157,21 @@ class CompressedLayer(DynamicLayer):
             else:
                 store.append(packed, keys.shape[2])
         self._watch_new()
+        if self.sentinel is not None and self.sentinel.wants():
+            self._sample(keys, values)
+
+    def _sample(self, keys: Tensor, values: Tensor) -> None:
+        """Have the sentinel compare what was just encoded with what is stored."""
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
+                first = store.length - keys.shape[2]
+                rows = lambda start, stop, store=store, first=first: store.read(first + start, first + stop)  # noqa: E731
+                self.sentinel.sample(codec, group.heads, take_heads(states, group), rows)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the guard has this layer keep everything exact from now on."""
+        return self.sentinel is not None and self.sentinel.exact
 
     def _watch_new(self) -> None:
         """Have the device check the codes stored since the last time, without waiting for it."""
@@ -168,6 +188,12 @@ class CompressedLayer(DynamicLayer):
         """Raise `ModelError` if the host has heard of codes that do not hold what was encoded; never waits to hear."""
         if self.watch is not None and bool(self.watch.arrived):
             self.verify()
+        self._heed()
+
+    def _heed(self) -> None:
+        """Do what the guard was told to do about what its samples showed."""
+        if self.sentinel is not None and self.sentinel.due:
+            self.sentinel.heed()
 
     def verify(self) -> None:
         """Wait for the device, and raise `ModelError` if anything held is infinite, not a number or too large.
@@ -238,6 +264,8 @@ class CompressedLayer(DynamicLayer):
         """Forget all tokens."""
         self.stores, self.sinks, self.recent, self.is_initialized = [], None, None, False
         self.padding = self.order = None
+        if self.sentinel is not None:
+            self.sentinel = Sentinel(self.sentinel.guard, self.sentinel.grows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""

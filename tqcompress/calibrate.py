@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import attention
 from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
 from .output import replace_file
-from .recipe import Calibration, Recipe
+from .recipe import Calibration, Guard, Recipe
 from .sharding import HeadShard
 from .strict_yaml import shown
 from .texts import load_text
@@ -134,6 +134,12 @@ class Calibrator:
         settings = _settings(recipe, "a budget needs a text to measure the model on")
         return choose_windows(self.model, self._ids(settings), settings.tokens, settings.length, settings.seed)[1]
 
+    def guard_ids(self, settings: Guard) -> Tensor:
+        """Token ids of the text that a guard measures on: its last ones, calibration beginning where it does."""
+        ids = torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return ids[-min(settings.tokens, limit or settings.tokens) :]
+
     def _ids(self, settings: Calibration) -> Tensor:
         return torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
 
@@ -229,7 +235,7 @@ def calibrate(
     if len(windows[0]) < skip + 2:
         raise TQCompressError(f"calibration: the text has {len(ids)} tokens; at least {skip + 2} are needed")
     watcher = _Watcher(skip)
-    with _watched(model, watcher):
+    with watched(model, watcher):
         for done, window in enumerate(windows):
             progress(done, len(windows))
             model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
@@ -263,8 +269,8 @@ def _settings(recipe: Recipe, why: str) -> Calibration:
 
 
 @contextmanager
-def _watched(model: nn.Module, watcher: _Watcher):
-    """The model in evaluation mode with the watcher as its attention."""
+def watched(model: nn.Module, watcher: Callable):
+    """The model in evaluation mode with the watcher, a function like `attention_forward`, as its attention."""
     attention.register(NAME, watcher)
     training = model.training
     model.eval()

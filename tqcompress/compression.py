@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from . import attention, blockwise, masks
+from . import attention, blockwise, masks, promises
 from .cache import CompressedLayer
 from .calibrate import Moments, Statistics
 from .codec import Codec
 from .errors import ModelError
+from .guard import LayerGuard
 from .plan import SIDES, Group, Plan, build_codec
 from .recipe import Recipe
 from .registry import plugins
@@ -50,6 +51,12 @@ class Compression(nn.Module):
                 device = devices.get(index, "cpu") if shard.size == 1 else "cpu"
                 self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
         self.calibration: dict[str, str | int] | None = None  # what the codecs were fitted on
+        # Errors measured when the model was compressed, `[kv_heads]` of each layer and side, if the recipe has a guard.
+        self.promised: dict[promises.Place, torch.Tensor] = {}
+        if recipe.guard is not None:
+            self.promised = {
+                (index, side): torch.zeros(shape.num_kv_heads) for index, shape in layers.items() for side in SIDES
+            }
         self.allocation: Any = None  # what came of the recipe's budget, an `Allocation`
         self.arguments: list[str] = []  # of the decoder's forward, in order
         self.unread = False  # whether no mask is made for steps in caches of fixed size
@@ -103,7 +110,13 @@ class Compression(nn.Module):
         sizes = (len(heads), plan.model.layers[index].head_dim, plan.sinks, plan.window, plan.block(index))
         # The hooks that carry states from device to device break a compiled graph at every module.
         one_device = len(set(self.devices.values())) <= 1
-        return LayerCodecs(index, tuple(groups), *sizes, rings and plan.block(index) == 1, heads.start, one_device)
+        watch = None
+        if self.recipe.guard is not None:
+            promised = {side: self.promised[index, side][list(heads)].to(device) for side in SIDES}
+            watch = LayerGuard(self.recipe.guard, index, heads.start, promised)
+        return LayerCodecs(
+            index, tuple(groups), *sizes, rings and plan.block(index) == 1, heads.start, one_device, watch
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of the artifact: `layers.{i}.g{j}.{key|value}.{name}`."""
@@ -112,7 +125,21 @@ class Compression(nn.Module):
             for key, pair in self.codecs.items()
             for side, codec in pair.items()
             for name, tensor in codec.state().items()
+        } | {f"layers.{index}.guard.{side}": error for (index, side), error in self.promised.items()}
+
+    def measure(self, model: nn.Module, ids: torch.Tensor) -> dict[promises.Place, promises.Measured]:
+        """What the codecs do to the keys and values that `model`, uncompressed, makes of the token ids `[n]`.
+
+        Their errors are what the guard of caches compares with from now on; `choose_backends` comes after.
+        """
+        codecs = {
+            index: [(group.heads, self.codecs[f"{index}-{j}"]) for j, group in enumerate(self.plan.layer_groups(index))]
+            for index in self.heads
         }
+        found = promises.measure(model, codecs, ids, self.plan.sinks)
+        for place, one in found.items():
+            self.promised[place].copy_(one.error)
+        return found
 
     def attach(self, model: nn.Module) -> None:
         """Select the attention and hook the decoder. Raises `ModelError` if the model hard-codes its attention."""

@@ -180,6 +180,18 @@ class Calibration(_Model):
     seed: Seed = 0
 
 
+class Guard(_Model):
+    """What watches over the codecs' errors, when a model is compressed and while it runs: see `guard.py`."""
+
+    text: Name = "wikitext-validation"  # measured on when the model is compressed, as `calibration.text`
+    tokens: Annotated[int, Field(ge=64, le=1 << 20)] = 512
+    limit: Annotated[float, Field(gt=0)] = 1.0  # of noise, as a share of what there is to store
+    weak: Literal["refuse", "more-bits"] = "refuse"  # what becomes of layers beyond it
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.0625  # of encodings that are looked at while the model runs
+    factor: Annotated[float, Field(gt=1)] = 4.0  # the error may be so many times what was measured
+    action: Literal["warn", "exact", "raise"] = "warn"
+
+
 class Tier(_Model):
     """Bits for tokens older than `after`."""
 
@@ -204,6 +216,7 @@ class Recipe(_Model):
     outliers: Outliers | None = None
     budget: Budget | None = None
     calibration: Calibration | None = None
+    guard: Guard | None = None
     tiers: list[Tier] = []
 
     @field_validator("tiers")

@@ -11,6 +11,8 @@ from .store import replaced
 from .view import KVView, LayerCodecs, Pair, RingTokens, query_heads, take_heads
 from .watch import Watch
 
+BLOCK = 64  # tokens that rings encode at once
+
 
 class RingLayer(CompressedLayer):
     """A growing layer, or with `max_tokens` one of fixed size whose steps torch can compile.
@@ -22,6 +24,8 @@ class RingLayer(CompressedLayer):
     def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None, room: int = 0):
         super().__init__(codecs, max_tokens, room)
         self.fixed = max_tokens is not None
+        if self.sentinel is not None:
+            self.sentinel.grows = not self.fixed
         self.rings: list[RingTokens] = []
         self.stepping = False
         self.count = 0  # tokens while stepping, if the host knows: not with a fixed size
@@ -52,7 +56,7 @@ class RingLayer(CompressedLayer):
         """As `CompressedLayer.update`; a single token is kept when attention reads the `StepView` that is returned."""
         if not torch.compiler.is_compiling():
             self._look()
-        if key_states.shape[2] == 1 and (self.stepping or self._starts()):
+        if key_states.shape[2] == 1 and not self._sampled() and (self.stepping or self._starts()):
             return (StepView(self, (key_states, value_states)),) * 2
         return self._update_many(key_states, value_states)
 
@@ -73,9 +77,18 @@ class RingLayer(CompressedLayer):
                 returned[0].note = self.note_visible
         return returned
 
+    def _sampled(self) -> bool:
+        """Whether the guard wants to see, now, what this step encodes: then it takes the way of several tokens."""
+        if self.sentinel is None or self.fixed or not self.stepping:
+            return False
+        if (self.count - self.codecs.layer * BLOCK) % (self.sentinel.every * BLOCK):
+            return self.exact
+        self.sentinel.ask()
+        return True
+
     def _starts(self) -> bool:
         """Whether the rings can take over for the first of some single tokens."""
-        if self.fixed or not self.holds_tokens:
+        if self.fixed or not self.holds_tokens or self.exact:
             return False
         self.enter()
         return True

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from .codec import Codec
 from .masks import in_stored_order, shown_by, simplest
 from .store import TokenStore
+
+if TYPE_CHECKING:
+    from .guard import LayerGuard
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
@@ -95,6 +98,7 @@ class LayerCodecs:
     steps: bool  # whether steps of one token go through rings
     first_head: int = 0  # the number in the model of the head that is 0 here
     compiles: bool = True  # whether steps in a cache of fixed size may be compiled
+    guard: "LayerGuard | None" = None  # what watches over the codecs' errors
 
 
 @dataclass(frozen=True)
