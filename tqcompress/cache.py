@@ -14,7 +14,7 @@ from .errors import ModelError
 from .guard import Sentinel
 from .store import TokenStore
 from .view import GroupView, KVView, LayerCodecs, take_heads
-from .watch import Watch, fits_on_device, refuse_rows, refuse_states
+from .watch import CannotStore, Watch, fits_on_device, refuse_rows, refuse_states
 
 # Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
 # (assisted decoding crops them) never reaches into what is already encoded.
@@ -126,7 +126,12 @@ class CompressedLayer(DynamicLayer):
         to_sinks = min(excess, self.codecs.sinks - self.sinks[0].shape[2])
         to_packed = 0 if self.exact else (excess - to_sinks) // self.codecs.block * self.codecs.block
         if to_packed:  # before the sinks: if it fails, the tokens are still where they were
-            self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
+            try:
+                self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
+            except CannotStore as error:
+                if self.sentinel is None or not self.sentinel.spares(error):
+                    raise
+                to_packed = 0
         if not to_sinks and not to_packed:
             return
         if to_sinks:

@@ -59,7 +59,7 @@ def measure(model: nn.Module, codecs: dict[int, list[tuple[tuple[int, ...], nn.M
 
 
 def _measured(codec: Codec, x: Tensor, query: Tensor | None) -> Measured:
-    """Of vectors `[1, heads, tokens, head_dim]` and the queries that meet them, `[1, heads, share, tokens, head_dim]`."""
+    """Of vectors `[1, heads, tokens, head_dim]` that queries `[1, heads, share, tokens, head_dim]` meet."""
     tokens = x.shape[2] // codec.layout().block * codec.layout().block
     x = x[:, :, :tokens].float()
     codec.to(x.device)

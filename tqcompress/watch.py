@@ -15,6 +15,10 @@ from .store import TokenStore
 from .view import GroupCodecs, LayerCodecs
 
 
+class CannotStore(ModelError):
+    """A codec cannot hold these vectors; nothing of them was stored."""
+
+
 class Watch:
     """Whether any codes stored on a device do not hold what was encoded."""
 
@@ -63,7 +67,7 @@ def refuse_rows(
     bad = [
         codecs.first_head + head for head, row in zip(group.heads, one_head, strict=True) if not bool(codec.fits(row))
     ]
-    raise ModelError(
+    raise CannotStore(
         f"layer {codecs.layer}, KV heads {bad}: {codec.name} cannot store these {codec.shape.side}s, they are too "
         "large for the scale's format, infinite or not a number; skip the layer or the heads in the recipe, choose "
         "scale: fp16 if it has log8, or check the model's dtype"
