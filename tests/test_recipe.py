@@ -24,8 +24,8 @@ def check(message: str, source: str, *parts: str) -> None:
 # ------------------------------------------------------------------------------------------ what is refused
 
 TOP = (
-    "version, name, quantizer, key, value, keep, max_cache_len, rules, center, balance, outliers, budget, calibration, guard, "
-    "tiers"
+    "version, name, quantizer, key, value, keep, max_cache_len, rules, center, balance, outliers, budget, calibration, "
+    "guard, tiers"
 )
 RULE = "layers, heads, skip, quantizer, key, value"
 TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, center, balance"
