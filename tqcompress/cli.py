@@ -183,7 +183,7 @@ def evaluate_command(
     """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
     named = recipes or []
     equal = suites.at_equal_bytes() if suite else {}
-    wanted = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
+    wanted: list[str | Recipe] = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
     if not wanted:
         raise TQCompressError("name recipes to measure, or give --suite")
     content = session.text_for(wanted, text)

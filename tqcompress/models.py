@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -94,7 +95,7 @@ def load_shape(name: str) -> ModelShape:
 
 
 @contextmanager
-def _loading(name: str):
+def _loading(name: str) -> Iterator[None]:
     """Turn transformers' ways of failing to load into a `ModelError` of one line."""
     try:
         yield

@@ -110,7 +110,8 @@ def generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> st
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+    answer: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return answer.strip()
 
 
 def count(text: str, name: str = "tokens") -> int:
