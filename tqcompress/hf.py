@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -57,10 +56,10 @@ class TQCompressQuantizer(HfQuantizer):
         """generate() may compile decoding steps; the cache says whether it can be."""
         return True
 
-    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any):
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         return model
 
-    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any):
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from . import api
 
         if self.quantization_config.recipe is not None:
@@ -86,7 +85,7 @@ class TQCompressPointerModel:
     config_class = TQCompressPointer
 
     @classmethod
-    def from_pretrained(cls, path: str, *args: Any, config: TQCompressPointer, **kwargs: Any) -> nn.Module:
+    def from_pretrained(cls, path: str, *args: Any, config: TQCompressPointer, **kwargs: Any) -> "PreTrainedModel":
         """The base model with the artifact of `path` attached; `kwargs` go to the base's from_pretrained."""
         from . import api
         from .models import find_model

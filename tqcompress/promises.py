@@ -3,6 +3,7 @@
 The model reads a text once. A codec whose noise drowns what it stores is found here, before it does harm.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
