@@ -49,7 +49,7 @@ class Nvfp4(Codec):
         """The numbers as float32; a scale that was too large as the largest."""
         codes = unpack(packed, 4, self.shape.head_dim)
         magnitude = self.magnitudes.index_select(0, (codes & 7).flatten()).view(codes.shape)
-        signed = torch.where(codes >= 8, -magnitude, magnitude).unflatten(-1, (-1, BLOCK))
+        signed: Tensor = torch.where(codes >= 8, -magnitude, magnitude).unflatten(-1, (-1, BLOCK))
         scale = packed["scale"].view(torch.float8_e4m3fn).float().nan_to_num(LARGEST)
         return (signed * scale[..., None]).flatten(-2)
 

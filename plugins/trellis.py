@@ -104,8 +104,8 @@ class Trellis(TransformedCodec):
 
 def pack_string(symbols: Tensor, bits: int) -> Tensor:
     """uint8 `[..., head_dim * bits / 8]`: the strings of the symbols `[..., head_dim]`."""
-    string = (symbols.to(torch.int32).unsqueeze(-1) >> _places(bits, symbols.device)) & 1
-    octets = string.flatten(-2).unflatten(-1, (-1, 8)) << _places(8, symbols.device)
+    string: Tensor = (symbols.to(torch.int32).unsqueeze(-1) >> _places(bits, symbols.device)) & 1
+    octets: Tensor = string.flatten(-2).unflatten(-1, (-1, 8)) << _places(8, symbols.device)
     return octets.sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
