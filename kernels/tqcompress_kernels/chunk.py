@@ -49,7 +49,7 @@ def chunk_attention(
     attend = partial(_attend, scaling=scaling, softcap=softcap)
     old, merged = n_recent - queries, _Merged()
     split = [n_sinks, tokens, old, queries]
-    parts: tuple[Tensor, ...] = (None,) * 4 if mask is None else mask.split(split, dim=1)  # type: ignore[assignment]  # see `_attend`
+    parts: tuple[Tensor, ...] = (None,) * 4 if mask is None else mask.split(split, dim=1)  # type: ignore[assignment]  # None without a mask
     if tokens:
         merged = _packed(columns, key, value, key_back, key_mean, parts[1], tokens, scaling, attend, workspace_bytes)
         merged.out = merged.out @ value_back
