@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -36,6 +36,9 @@ from .resolve import resolve
 from .shape import ModelShape
 from .texts import SHIPPED, load_text
 from .version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(pretty_exceptions_enable=False)
 console = Console()
@@ -152,8 +155,8 @@ def apply(
 
 
 def _planned(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     bar: Progress,
     step: TaskID,
     recipes: Sequence[str | Recipe],
