@@ -146,9 +146,8 @@ class CompressedLayer(DynamicLayer):
 
     @torch.no_grad()
     def _encode(self, keys: Tensor, values: Tensor) -> None:
-        encoded: list[
-            tuple[TokenStore, dict[str, Tensor] | None]
-        ] = []  # everything before anything is stored: an error leaves the cache as it was
+        # Everything before anything is stored: an error leaves the cache as it was.
+        encoded: list[tuple[TokenStore, dict[str, Tensor] | None]] = []
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
                 vectors = take_heads(states, group)
