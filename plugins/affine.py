@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, Options, RecipeError, TensorSpec, hookimpl
 from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.registry import Registry
 
 
 class AffineOptions(Options):
@@ -25,6 +26,7 @@ class Affine(Codec):
 
     name = "affine"
     Options = AffineOptions
+    options: AffineOptions
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
@@ -66,6 +68,6 @@ class Affine(Codec):
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `affine`."""
     registry.add_codec(Affine)

@@ -4,10 +4,9 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 
 from . import artifacts, promises
@@ -19,18 +18,21 @@ from .errors import ArtifactError, ModelError, RecipeError
 from .models import base_name
 from .output import empty_stage, publish, stage_of, writing
 from .plan import Plan
-from .recipe import Recipe
+from .recipe import Guard, Recipe
 from .registry import plugins
 from .resolve import Allocated, resolve
 from .shape import ModelShape
 from .sharding import HeadShard, is_shared, writes_files
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger("tqcompress")
 
 
 def apply(
-    model: nn.Module,
-    recipe: "Recipe | str | Path | dict",
+    model: "PreTrainedModel",
+    recipe: "Recipe | str | Path | dict[str, Any]",
     tokenizer: Any = None,
     statistics: Statistics | None = None,
 ) -> Plan:
@@ -49,8 +51,8 @@ def apply(
 
 
 def plan_compression(
-    model: nn.Module,
-    recipe: "Recipe | str | Path | dict",
+    model: "PreTrainedModel",
+    recipe: "Recipe | str | Path | dict[str, Any]",
     calibrator: Calibrator | None = None,
     statistics: Statistics | None = None,
 ) -> Compression:
@@ -99,7 +101,7 @@ def plan_compression(
 
 
 def _guarded(
-    model: nn.Module,
+    model: "PreTrainedModel",
     source: str,
     compression: Compression,
     calibrator: Calibrator,
@@ -110,7 +112,8 @@ def _guarded(
     Where the noise is beyond `guard.limit` it is an error, or, with `rebuild`, those layers get the next bits until it
     is not. Raises `ModelError` for an error, or if no more bits can be given.
     """
-    settings, ids = compression.recipe.guard, calibrator.guard_ids(compression.recipe.guard)
+    settings: Guard = compression.recipe.guard  # type: ignore[assignment]  # or this is not called
+    ids = calibrator.guard_ids(settings)
     while weak := promises.weak(compression.measure(model, ids), settings):
         what = f"{source}: {promises.told(weak, settings)}"
         if settings.weak == "refuse" or rebuild is None:
@@ -121,7 +124,7 @@ def _guarded(
     return compression
 
 
-def remove(model: nn.Module) -> None:
+def remove(model: "PreTrainedModel") -> None:
     """Restore the model: attention, hook, codecs and quantization config. Does nothing to a plain model."""
     compression = compression_of(model)
     if compression is None:
@@ -131,14 +134,14 @@ def remove(model: nn.Module) -> None:
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def compression_of(model: nn.Module) -> Compression | None:
+def compression_of(model: "PreTrainedModel") -> Compression | None:
     """What `apply` attached to the model, or None."""
     found = getattr(model, MODULE, None)
     return found if isinstance(found, Compression) else None
 
 
 def save(
-    model: nn.Module, path: "str | Path", weights: bool = False, tokenizer: Any = None, base: str | None = None
+    model: "PreTrainedModel", path: "str | Path", weights: bool = False, tokenizer: Any = None, base: str | None = None
 ) -> Path:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` and `tqcompress.load` read.
 
@@ -175,13 +178,13 @@ def save(
     return path
 
 
-def _wait(model: nn.Module) -> None:
+def _wait(model: "PreTrainedModel") -> None:
     """For the other processes that share the model."""
     if is_shared(model):
         torch.distributed.barrier()
 
 
-def load(model: nn.Module, path: "str | Path") -> Plan:
+def load(model: "PreTrainedModel", path: "str | Path") -> Plan:
     """Compress `model` with the artifact in `path` (a directory or the file itself); returns its plan.
 
     Raises `ArtifactError` if the artifact is damaged, too new, or made for another model; the model is then
@@ -212,7 +215,7 @@ def verify(cache: Cache) -> None:
             layer.verify()
 
 
-def attach(model: nn.Module, compression: Compression) -> None:
+def attach(model: "PreTrainedModel", compression: Compression) -> None:
     """Compress `model` with what `plan_compression` prepared, in place of what it had before."""
     previous = compression_of(model)
     if previous is not None:
@@ -221,12 +224,12 @@ def attach(model: nn.Module, compression: Compression) -> None:
     plugins().hook.tqcompress_applied(model=model, plan=compression.plan)
 
 
-def _devices(model: nn.Module) -> dict[int, torch.device]:
+def _devices(model: "PreTrainedModel") -> dict[int, torch.device]:
     """The device of each layer: that of the first parameter of the module that calls the cache.
 
     Where accelerate moves the parameters in for each call (offloading), it is the one that they are moved to.
     """
-    devices = {}
+    devices: dict[int, torch.device] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         parameter = next(module.parameters(), None)

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,9 @@ from .recipe import Calibration, Guard, Recipe
 from .sharding import HeadShard
 from .strict_yaml import shown
 from .texts import load_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = "tqcompress statistics"
 NAME = "tqcompress_calibrate"  # the attention function that watches
@@ -109,7 +112,7 @@ class Calibrator:
     """Takes the statistics that recipes ask for, each once for a model."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, progress: Callable[[str, int, int], None] | None = None
+        self, model: "PreTrainedModel", tokenizer: Any = None, progress: Callable[[str, int, int], None] | None = None
     ):
         self.model, self.tokenizer = model, tokenizer
         self.progress = progress or (lambda what, done, total: None)  # what goes on, the passes done, their number
@@ -126,7 +129,7 @@ class Calibrator:
             ids = self._ids(settings)
             taken = calibrate(self.model, ids, settings.tokens, settings.length, settings.seed, skip, show)
             name = Path(settings.text).name  # a machine's paths mean nothing elsewhere
-            self._taken[settings, skip] = replace(taken, source={"text": name} | taken.source)
+            self._taken[settings, skip] = replace(taken, source={"text": name, **taken.source})
         return self._taken[settings, skip]
 
     def other_windows(self, recipe: Recipe) -> list[Tensor]:
@@ -162,7 +165,9 @@ class _Sums:
     """Running sums of one side of one layer: of x and x x^T, in float64 on the layer's device."""
 
     def __init__(self) -> None:
-        self.count, self.first, self.second = 0, 0.0, 0.0
+        self.count = 0
+        self.first: Tensor = 0.0  # type: ignore[assignment]  # until something is added
+        self.second: Tensor = 0.0  # type: ignore[assignment]  # likewise
 
     def add(self, x: Tensor) -> None:
         """Take in `[batch, heads, tokens, dim]`."""
@@ -190,11 +195,14 @@ class _Watcher:
         self.skip = skip
         self.sums: dict[int, tuple[_Sums, _Sums, _Sums]] = {}
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        sums = self.sums.setdefault(module.layer_idx, (_Sums(), _Sums(), _Sums()))
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        layer: int = module.layer_idx  # type: ignore[assignment]  # transformers' modules have it
+        sums = self.sums.setdefault(layer, (_Sums(), _Sums(), _Sums()))
         for total, x, name in zip(sums, (query, key, value), ("queries", "keys", "values"), strict=True):
             if not bool(x.isfinite().all()):
-                raise TQCompressError(f"calibration: layer {module.layer_idx}: {name} are not finite")
+                raise TQCompressError(f"calibration: layer {layer}: {name} are not finite")
             total.add(x[:, :, self.skip :].detach())
         return attention.attention_forward(module, query, key, value, *args, **kwargs)
 
@@ -212,7 +220,7 @@ class _Watcher:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
+    model: "PreTrainedModel",
     ids: Tensor,
     tokens: int = 65536,
     length: int = 2048,
@@ -241,12 +249,12 @@ def calibrate(
             model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
         progress(len(windows), len(windows))
     digest = hashlib.sha256(used.to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
-    source = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
+    source: dict[str, str | int] = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
     return watcher.statistics(source, HeadShard.of(model))
 
 
 def choose_windows(
-    model: nn.Module, ids: Tensor, tokens: int, length: int, seed: int
+    model: "PreTrainedModel", ids: Tensor, tokens: int, length: int, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The windows of a text that `calibrate` uses, in the text's order, and the others, in the order of `seed`."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -269,7 +277,7 @@ def _settings(recipe: Recipe, why: str) -> Calibration:
 
 
 @contextmanager
-def watched(model: nn.Module, watcher: Callable):
+def watched(model: "PreTrainedModel", watcher: attention.AttentionFunction) -> Iterator[None]:
     """The model in evaluation mode with the watcher, a function like `attention_forward`, as its attention."""
     attention.register(NAME, watcher)
     training = model.training
@@ -282,5 +290,5 @@ def watched(model: nn.Module, watcher: Callable):
         attention.register(NAME, _refuse)  # keeps no statistics alive
 
 
-def _refuse(*args, **kwargs):
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise TQCompressError("calibration is over; choose another attention implementation")

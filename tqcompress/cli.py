@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -36,6 +36,9 @@ from .resolve import resolve
 from .shape import ModelShape
 from .texts import SHIPPED, load_text
 from .version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(pretty_exceptions_enable=False)
 console = Console()
@@ -152,8 +155,8 @@ def apply(
 
 
 def _planned(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     bar: Progress,
     step: TaskID,
     recipes: Sequence[str | Recipe],
@@ -183,7 +186,7 @@ def evaluate_command(
     """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
     named = recipes or []
     equal = suites.at_equal_bytes() if suite else {}
-    wanted = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
+    wanted: list[str | Recipe] = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
     if not wanted:
         raise TQCompressError("name recipes to measure, or give --suite")
     content = session.text_for(wanted, text)

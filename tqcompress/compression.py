@@ -6,11 +6,13 @@ puts `CompressedLayer`s into the cache it is given, and the registered attention
 
 import inspect
 import warnings
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from . import attention, blockwise, masks, promises
@@ -26,6 +28,10 @@ from .ring import ExactLayer, RingLayer
 from .sharding import HeadShard
 from .view import Backend, GroupCodecs, LayerCodecs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Codecs = MutableMapping[str, Mapping[str, Codec]]  # by group and side
 MODULE = "tqcompress"  # the submodule of a model that holds its codecs
 
 
@@ -41,15 +47,18 @@ class Compression(nn.Module):
         self.shard = shard = shard or HeadShard()
         layers = {group.layer: plan.model.layers[group.layer] for group in plan.groups}
         self.heads = {index: shard.heads(shape.num_kv_heads, index) for index, shape in layers.items()}
-        self.codecs = nn.ModuleDict()
-        self.parts = nn.ModuleDict()  # of codecs some of whose heads are in other processes: what is used here
+        self.codecs: Codecs = nn.ModuleDict()  # type: ignore[assignment]  # torch's does not say of what
+        # Of codecs some of whose heads are in other processes: what is used here.
+        self.parts: Codecs = nn.ModuleDict()  # type: ignore[assignment]  # likewise
         self.layers: dict[int, LayerCodecs] = {}
         for index in range(len(plan.model.layers)):
             for j, group in enumerate(plan.layer_groups(index)):
-                sides = {side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES}
+                sides: dict[str, Codec] = {
+                    side: build_codec(getattr(group, side), plan.head_shape(group, side)) for side in SIDES
+                }
                 # Only what is used takes a device's memory.
                 device = devices.get(index, "cpu") if shard.size == 1 else "cpu"
-                self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)
+                self.codecs[f"{index}-{j}"] = nn.ModuleDict(sides).to(device)  # type: ignore[assignment]  # likewise
         self.calibration: dict[str, str | int] | None = None  # what the codecs were fitted on
         # Errors measured when the model was compressed, `[kv_heads]` of each layer and side, if the recipe has a guard.
         self.promised: dict[promises.Place, torch.Tensor] = {}
@@ -60,7 +69,8 @@ class Compression(nn.Module):
         self.allocation: Any = None  # what came of the recipe's budget, an `Allocation`
         self.arguments: list[str] = []  # of the decoder's forward, in order
         self.unread = False  # whether no mask is made for steps in caches of fixed size
-        self.hook = self.previous_attention = None
+        self.hook: RemovableHandle = None  # type: ignore[assignment]  # until it is attached
+        self.previous_attention: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -101,7 +111,7 @@ class Compression(nn.Module):
             pair = self.codecs[name]
             if places and self.shard.size > 1:
                 parts = {side: codec.of_heads(places) for side, codec in pair.items()}
-                pair = self.parts[name] = nn.ModuleDict(parts).to(device)
+                pair = self.parts[name] = nn.ModuleDict(parts).to(device)  # type: ignore[assignment]  # likewise
             here = replace(group, heads=tuple(group.heads[i] - heads.start for i in places))
             backend = _backend(here if places else group, pair, device)
             if places:
@@ -112,7 +122,9 @@ class Compression(nn.Module):
         one_device = len(set(self.devices.values())) <= 1
         watch = None
         if self.recipe.guard is not None:
-            promised = {side: self.promised[index, side][list(heads)].to(device) for side in SIDES}
+            promised: dict[str, torch.Tensor] = {
+                side: self.promised[index, side][list(heads)].to(device) for side in SIDES
+            }
             watch = LayerGuard(self.recipe.guard, index, heads.start, promised)
         return LayerCodecs(
             index, tuple(groups), *sizes, rings and plan.block(index) == 1, heads.start, one_device, watch
@@ -127,7 +139,7 @@ class Compression(nn.Module):
             for name, tensor in codec.state().items()
         } | {f"layers.{index}.guard.{side}": error for (index, side), error in self.promised.items()}
 
-    def measure(self, model: nn.Module, ids: torch.Tensor) -> dict[promises.Place, promises.Measured]:
+    def measure(self, model: "PreTrainedModel", ids: torch.Tensor) -> dict[promises.Place, promises.Measured]:
         """What the codecs do to the keys and values that `model`, uncompressed, makes of the token ids `[n]`.
 
         Their errors are what the guard of caches compares with from now on; `choose_backends` comes after.
@@ -141,7 +153,7 @@ class Compression(nn.Module):
             self.promised[place].copy_(one.error)
         return found
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: "PreTrainedModel") -> None:
         """Select the attention and hook the decoder. Raises `ModelError` if the model hard-codes its attention."""
         attention.register()
         self.previous_attention = model.config._attn_implementation
@@ -163,7 +175,7 @@ class Compression(nn.Module):
         self.hook = decoder.register_forward_pre_hook(self.prepare_cache, with_kwargs=True)
         model.add_module(MODULE, self)
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, model: "PreTrainedModel") -> None:
         """Undo `attach`."""
         self.hook.remove()
         for config in (model.config, model.get_decoder().config):
@@ -172,7 +184,9 @@ class Compression(nn.Module):
         delattr(model, MODULE)
         model.__dict__.pop("_cache", None)  # older transformers keep the last static cache here
 
-    def prepare_cache(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def prepare_cache(
+        self, decoder: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         """Forward pre-hook: put compressed layers into the cache, making one if the decoder would."""
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
@@ -227,8 +241,8 @@ class Compression(nn.Module):
                 )
             size = getattr(layer, "max_cache_len", None)
             steps = self.steps if size is not None else codecs.steps
-            kind = RingLayer if steps else CompressedLayer
-            cache.layers[index] = kind(codecs, size, self.recipe.max_cache_len or 0)
+            made = RingLayer if steps else CompressedLayer
+            cache.layers[index] = made(codecs, size, self.recipe.max_cache_len or 0)
         if attention_mask is not None:
             self._note_padding(cache, attention_mask)
 
@@ -237,20 +251,19 @@ class Compression(nn.Module):
         """Whether every layer can take single tokens through rings, as caches of fixed size must."""
         return all(codecs.steps for codecs in self.layers.values())
 
-    def _note_padding(self, cache: Cache, attention_mask: "torch.Tensor | dict[str, torch.Tensor]") -> None:
+    def _note_padding(self, cache: Cache, attention_mask: "torch.Tensor | dict[str, torch.Tensor | None]") -> None:
         """Tell the layers of an empty cache where each prompt begins: the sinks are its first real tokens."""
         if self._holds_tokens(cache):
             return
-        if isinstance(attention_mask, dict):  # one mask for each kind of layer, made by generate()
-            attention_mask = attention_mask.get("full_attention")
-        if attention_mask is None:
+        # One mask for each kind of layer, if generate() made them.
+        mask = attention_mask.get("full_attention") if isinstance(attention_mask, dict) else attention_mask
+        if mask is None:
             return
-        if attention_mask.dim() == 4:  # the last token of a prompt sees all of it but the padding
-            prompt = attention_mask.shape[2]
-            attention_mask = attention_mask[:, 0, -1, :prompt]
-            attention_mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        shown = attention_mask.bool()
-        shown = None if shown.all() else shown
+        if mask.dim() == 4:  # the last token of a prompt sees all of it but the padding
+            mask = mask[:, 0, -1, : mask.shape[2]]
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        seen = mask.bool()
+        shown = None if seen.all() else seen
         padding = None if shown is None else shown.long().argmax(1)
         if padding is not None and not padding.any():
             padding = None
@@ -296,14 +309,14 @@ def _fit(codec: Codec, moments: Moments, what: str) -> None:
         raise ModelError(f"{what}: the statistics are not finite; calibrate again")
     try:
         codec.fit(moments)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its __all__
         raise ModelError(f"{what}: the statistics are no covariances ({error}); calibrate again") from None
     for name, tensor in codec.state().items():
         if not bool(tensor.isfinite().all()):
             raise ModelError(f"{what}: {name} of {codec.name} is not finite after fitting; calibrate on another text")
 
 
-def _backend(group: Group, pair: nn.ModuleDict, device: torch.device) -> Backend:
+def _backend(group: Group, pair: Mapping[str, Codec], device: torch.device) -> Backend:
     """What reads the group's packed tokens, decided here once and for all."""
-    found = plugins().hook.tqcompress_backend(group=group, codecs=pair, device=device)
+    found: Backend | None = plugins().hook.tqcompress_backend(group=group, codecs=pair, device=device)
     return found or Backend("torch", blockwise.attend, f"no fused kernel is installed for {device.type}")

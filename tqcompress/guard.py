@@ -5,7 +5,9 @@ found is heard some steps later.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class Sentinel:
         self.sums: dict[tuple[str, tuple[int, ...]], tuple[Tensor, int]] = {}  # of errors, and of how many tokens
         self.due: list[tuple[str, str, tuple[int, ...], Tensor, torch.cuda.Event | None]] = []
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sentinel":
         new = Sentinel(self.guard, self.grows)
         new.exact, new.calls = self.exact, self.calls
         return new
@@ -53,7 +55,9 @@ class Sentinel:
         self.calls += 1
         return self.calls % self.every == 0
 
-    def sample(self, codec: Codec, heads: tuple[int, ...], x: Tensor, read) -> None:
+    def sample(
+        self, codec: Codec, heads: tuple[int, ...], x: Tensor, read: Callable[[int, int], dict[str, Tensor]]
+    ) -> None:
         """Compare some of the vectors `x` `[batch, heads, tokens, head_dim]`; `read(start, stop)` gives their rows."""
         block, tokens = codec.layout().block, x.shape[2]
         count = min(tokens, -(-SAMPLE // block) * block)

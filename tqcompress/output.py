@@ -115,4 +115,4 @@ def _exchanged(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

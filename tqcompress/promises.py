@@ -3,7 +3,9 @@
 The model reads a text once. A codec whose noise drowns what it stores is found here, before it does harm.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,10 @@ from .errors import ModelError
 from .plan import Plan
 from .recipe import Guard, Recipe, Rule, Side
 from .registry import plugins
+from .view import each
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUERIES = 32  # of a head, spread over the text, that keys are judged by
 Place = tuple[int, str]  # a layer and a side
@@ -35,20 +41,28 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, codecs: dict[int, list[tuple[tuple[int, ...], nn.ModuleDict]]], ids: Tensor, skip: int):
+def measure(
+    model: "PreTrainedModel",
+    codecs: dict[int, list[tuple[tuple[int, ...], Mapping[str, Codec]]]],
+    ids: Tensor,
+    skip: int,
+) -> dict[Place, Measured]:
     """`{(layer, side): Measured}` on the token ids `[n]`, the first `skip` tokens left out.
 
     `codecs` are the groups of each layer: their KV heads, and the codecs of both sides.
     """
     found: dict[Place, Measured] = {}
 
-    def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        for heads, pair in codecs.get(module.layer_idx, ()):
+    def watch(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        layer: int = module.layer_idx  # type: ignore[assignment]  # transformers' modules have it
+        for heads, pair in codecs.get(layer, ()):
             for side, states in (("key", key), ("value", value)):
                 share = query.shape[1] // key.shape[1]
                 seen = query[:, :, skip:].unflatten(1, (-1, share))[:, list(heads)]
                 got = _measured(pair[side], states[:, list(heads), skip:], seen if side == "key" else None)
-                place = module.layer_idx, side
+                place = layer, side
                 whole = found.setdefault(place, Measured(*(got.error.new_zeros(key.shape[1]) for _ in range(2))))
                 whole.error[list(heads)], whole.noise[list(heads)] = got.error, got.noise
         return attention.attention_forward(module, query, key, value, *args, **kwargs)
@@ -67,7 +81,7 @@ def _measured(codec: Codec, x: Tensor, query: Tensor | None) -> Measured:
     judged = error, x
     if query is not None:
         some = query[:, :, :, :: max(1, query.shape[3] // QUERIES)].float().flatten(2, 3)
-        judged = tuple(states @ some.mT for states in judged)
+        judged = each(lambda states: states @ some.mT, judged)
     added, there = (states.var(2, unbiased=False).sum((0, 2)) for states in judged)
     return Measured(error.square().sum(-1).mean((0, 2)), added / there.clamp_min(torch.finfo(torch.float32).tiny))
 
@@ -106,5 +120,5 @@ def with_more_bits(recipe: Recipe, plan: Plan, places: set[Place], what: str) ->
         more = [bits for bits in plugins().registry.codec(most.quantizer).supported_bits if bits > most.bits]
         if not more:
             raise ModelError(f"{what}; {most.quantizer} has no more than {most.bits:g} bits: skip layer {layer}")
-        rules.append(Rule(layers=[layer], **{side: Side(bits=float(more[0]))}))
+        rules.append(Rule(layers=[layer], **{side: Side(bits=float(more[0]))}))  # type: ignore[arg-type]  # a side's name
     return recipe.model_copy(update={"rules": rules})

@@ -7,7 +7,7 @@ allowed. Keys whose implementation is not there yet are part of the schema and r
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -24,6 +24,9 @@ from pydantic import (
 
 from .errors import RecipeError
 from .strict_yaml import MAX_BYTES, parse_yaml, shown, yaml_path
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_ERRORS = 8  # of one recipe that are told
 
@@ -103,7 +106,7 @@ class Rule(_Model):
     value: Side | None = None
 
     @model_validator(mode="after")
-    def _says_one_thing(self):
+    def _says_one_thing(self) -> Self:
         changes = self.quantizer or any(side and side.says_something for side in (self.key, self.value))
         if self.skip and changes:
             raise ValueError("skip: true contradicts quantizer, key and value in the same rule; use one of them")
@@ -137,7 +140,7 @@ class Outliers(_Model):
     select: Literal["calibration", "listed"] | None = None  # what `channels` says anyway
 
     @model_validator(mode="after")
-    def _selects_as_channels_say(self):
+    def _selects_as_channels_say(self) -> Self:
         says = "listed" if isinstance(self.channels, list) else "calibration"
         if self.select not in (None, says):
             raise ValueError(f"select: found {self.select!r}; these channels are of select: {says}")
@@ -158,7 +161,7 @@ class Budget(_Model):
 
     @field_validator("over", "choices")
     @classmethod
-    def _each_once(cls, given: list) -> list:
+    def _each_once(cls, given: list[Any]) -> list[Any]:
         if len(set(given)) < len(given):
             raise ValueError(f"found {given}; allowed: each of them once")
         return given
@@ -222,7 +225,7 @@ class Recipe(_Model):
     @field_validator("tiers")
     @classmethod
     def _only_what_is_implemented(cls, value: Any, info: ValidationInfo) -> Any:
-        if value != cls.model_fields[info.field_name].default:
+        if value != cls.model_fields[str(info.field_name)].default:
             raise ValueError("part of the schema but not implemented in this version; remove it")
         return value
 
@@ -237,7 +240,7 @@ class Recipe(_Model):
             raise RecipeError(f"{source}: " + "; ".join(map(_explain, found[:MAX_ERRORS])) + more) from None
 
     @classmethod
-    def load(cls, recipe: "Recipe | str | Path | dict") -> "Recipe":
+    def load(cls, recipe: "Recipe | str | Path | dict[str, Any]") -> "Recipe":
         """A recipe from a YAML file, the name of a shipped one, plain data, or a `Recipe` itself.
 
         Raises `RecipeError` if the file is missing, is not YAML, or breaks the schema.
@@ -250,7 +253,8 @@ class Recipe(_Model):
 
     def dump(self) -> str:
         """The recipe as YAML that loads to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(exclude_defaults=True) | {"version": 1}, sort_keys=False)
+        text: str = yaml.safe_dump(self.model_dump(exclude_defaults=True) | {"version": 1}, sort_keys=False)
+        return text
 
 
 def _read(recipe: str) -> bytes:
@@ -274,7 +278,7 @@ def shipped_recipes() -> list[str]:
     return sorted(p.name[:-5] for p in resources.files("tqcompress.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
-def _explain(error: dict) -> str:
+def _explain(error: "ErrorDetails") -> str:
     """One pydantic error as `path: what was found, what is allowed`."""
     model, parts = Recipe, []
     for part in error["loc"]:

@@ -16,7 +16,7 @@ from .errors import TQCompressError
 from .evaluate import Quality
 from .strict_yaml import shown, yaml_path
 
-VERSION = 1
+VERSION: Literal[1] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

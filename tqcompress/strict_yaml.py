@@ -46,13 +46,13 @@ def _refused(why: str, where: yaml.Event | yaml.Node) -> yaml.YAMLError:
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (YAML would silently take the last), and what grows without end."""
 
-    def get_single_node(self):
+    def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:
             self._measure(node, 0, {}, set())
         return node
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None):  # a recipe needs none, and PyYAML stumbles over wrong ones
             raise _refused(f"tags ({event.tag}) are not allowed", event)
@@ -81,7 +81,7 @@ class _StrictLoader(yaml.SafeLoader):
         known[id(node)] = depth, count
         return count
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys others may override
@@ -92,4 +92,5 @@ class _StrictLoader(yaml.SafeLoader):
             if key in seen:
                 raise _refused(f"key {key!r} is given twice", key_node)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping

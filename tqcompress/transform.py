@@ -58,13 +58,18 @@ class TransformedCodec(Codec):
     """
 
     Options = TransformedOptions
+    options: TransformedOptions
+    mean: Tensor  # with `options.center`
+    into: Tensor  # and `back`, if `measured`
+    back: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
         options, dim = self.options, shape.head_dim
         if options.balance != "none" and shape.side == "value":
             raise RecipeError(f"balance: found {options.balance!r}; only keys can be balanced")
-        self.wide, self.wide_bits, self.outlying = 0, self.bits + 1, getattr(options, "outliers", None)
+        self.wide, self.wide_bits = 0, self.bits + 1
+        self.outlying: Outliers | None = getattr(options, "outliers", None)
         if self.outlying:
             self._set_outliers(self.outlying)
         elif spec.bits != self.bits:
@@ -149,7 +154,7 @@ class TransformedCodec(Codec):
         if not self.options.center:
             spread = spread + moments.mean[:, :, None] * moments.mean[:, None, :]
         if self.options.balance != "none":
-            matrix = balancing(spread, moments.query, self.options.balance)
+            matrix = balancing(spread, moments.query, self.options.balance)  # type: ignore[arg-type]  # keys have one
         else:
             matrix = torch.eye(self.shape.head_dim).to(spread).expand_as(spread)
         if self.outlying:
@@ -187,7 +192,9 @@ class TransformedCodec(Codec):
         """float32 `[head_dim, head_dim]`: the rotation, or one of the outliers and one of the other channels."""
         sizes = (self.wide, self.shape.head_dim - self.wide) if self.outlying else (self.shape.head_dim,)
         kind, seed = self.options.rotation, self.options.seed
-        return torch.block_diag(*(Rotation.matrix(Rotation.state(kind, size, seed), size) for size in sizes))
+        parts = (Rotation.matrix(Rotation.state(kind, size, seed), size) for size in sizes)
+        matrix: Tensor = torch.block_diag(*parts)
+        return matrix
 
     def _encode_scale(self, scale: Tensor) -> Tensor:
         if self.options.scale == "fp16":

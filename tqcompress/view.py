@@ -1,6 +1,6 @@
 """What a cache layer hands to attention: its packed rows and exact tokens, group by group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -109,8 +109,8 @@ class GroupView:
     key: TokenStore
     value: TokenStore
     packed: int  # tokens; the stores may grow after the view was made
-    sinks: tuple[Tensor, Tensor]  # exact keys and values [batch, heads, tokens, head_dim]
-    recent: tuple[Tensor, Tensor]
+    sinks: Pair  # exact keys and values [batch, heads, tokens, head_dim]
+    recent: Pair
 
 
 class KVView:
@@ -152,6 +152,12 @@ class KVView:
             f"a compressed KV cache was read as a tensor (.{name}) by another attention implementation; "
             'use model.set_attn_implementation("tqcompress") or tqcompress.remove(model)'
         )
+
+
+def each(function: Callable[..., Tensor], *pairs: Iterable[Tensor]) -> Pair:
+    """What `function` makes of the keys of one or more pairs, and of their values."""
+    keys, values = map(function, *pairs)
+    return keys, values
 
 
 def query_heads(group: GroupCodecs, share: int) -> list[int]:

@@ -5,6 +5,7 @@ device at every step: there a flag on the device is raised when codes are stored
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Watch:
         # The host reads what has arrived: this never waits, and may be a few steps old.
         self.arrived = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
         new = Watch(self.raised.device)  # a copy of pinned memory would not be pinned
         new.raised.copy_(self.raised)
         new.arrived.copy_(self.arrived)
