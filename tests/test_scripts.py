@@ -5,6 +5,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from tiny import lossless
+
+import tqcompress
+from tqcompress.cache import CompressedLayer
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -21,3 +26,30 @@ def script(name: str) -> ModuleType:
 def test_faults_can_be_planted(fault):
     """The code that a fault replaces is there, once, and what stands there instead is Python."""
     compile(script("inject_faults").with_fault(fault), fault[1], "exec")
+
+
+def test_endurance_sees_what_grows(monkeypatch):
+    """Some sequences of a sound cache, then of one whose tokens outlive a reset."""
+    endurance = script("endurance")
+    model = endurance.tiny()
+    tqcompress.apply(model, endurance.RECIPE)
+    steps, length = 4 * 8, endurance.PROMPT + 8
+    _, tensors, same = zip(*endurance.run(model, steps, "cpu", length), strict=True)
+    assert tensors[1] == tensors[2] == tensors[3] and all(same)
+    kept, reset = [], CompressedLayer.reset
+    monkeypatch.setattr(CompressedLayer, "reset", lambda layer: (kept.append(layer.sinks), reset(layer)))
+    _, tensors, _ = zip(*endurance.run(model, steps, "cpu", length), strict=True)
+    assert tensors[1] < tensors[2] < tensors[3]
+
+
+def test_endurance_sees_compiled_steps_that_drift():
+    """A compiler whose numbers are off by a thousandth: logits beyond what rounding allows."""
+
+    def backend(graph, _):
+        return lambda *args: tuple(
+            x * 1.001 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*args)
+        )
+
+    endurance = script("endurance")
+    found = endurance.drift(endurance.tiny(), lossless(keep=endurance.KEEP), 4, "cpu", backend=backend)
+    assert max(found.early, found.late) > found.limit
