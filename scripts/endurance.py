@@ -102,8 +102,8 @@ class Drift(NamedTuple):
 
 
 @torch.no_grad()
-def drift(model, recipe: dict, steps: int, device: str, **how) -> Drift:
-    """Eager and compiled steps on the same tokens, each in a cache of fixed size; `how` as for `CompileConfig`.
+def drift(model, recipe: dict, steps: int, device: str) -> Drift:
+    """Eager and compiled steps on the same tokens, each in a cache of fixed size.
 
     Both compute the same with sums in another order, so logits are apart by `TOLERANCE` times the rounding of the
     model's own arithmetic at most (`tiny.rounding`; kernels round to fp16 as well). A rounding error may also turn a
@@ -120,7 +120,7 @@ def drift(model, recipe: dict, steps: int, device: str, **how) -> Drift:
         model(ids[:, :PROMPT], past_key_values=cache)
     # What generate() does where it compiles; elsewhere compressed layers run eagerly between compiled parts.
     kernels = caches[0].is_compileable
-    compiled = model.get_compiled_call(CompileConfig(**{"mode": "reduce-overhead" if kernels else "default"} | how))
+    compiled = model.get_compiled_call(CompileConfig(mode="reduce-overhead" if kernels else "default"))
     apart, lost, changed = [], 0.0, 0
     for i in range(PROMPT, count):
         given = {"position_ids": torch.full((1, 1), i, device=device)}
