@@ -5,7 +5,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from tiny import lossless
 
 import tqcompress
@@ -33,13 +32,13 @@ def test_endurance_sees_what_grows(monkeypatch):
     endurance = script("endurance")
     model = endurance.tiny()
     tqcompress.apply(model, endurance.RECIPE)
-    steps, length = 4 * 8, endurance.PROMPT + 8
+    steps, length = 3 * 8, endurance.PROMPT + 8
     _, tensors, same = zip(*endurance.run(model, steps, "cpu", length), strict=True)
-    assert tensors[1] == tensors[2] == tensors[3] and all(same)
+    assert tensors[1] == tensors[2] and all(same)
     kept, reset = [], CompressedLayer.reset
     monkeypatch.setattr(CompressedLayer, "reset", lambda layer: (kept.append(layer.sinks), reset(layer)))
     _, tensors, _ = zip(*endurance.run(model, steps, "cpu", length), strict=True)
-    assert tensors[1] < tensors[2] < tensors[3]
+    assert tensors[1] < tensors[2]
 
 
 def test_endurance_sees_compiled_steps_that_drift(monkeypatch):
