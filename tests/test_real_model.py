@@ -69,7 +69,7 @@ def test_generation_with_a_lossless_codec_is_token_identical(smollm, ids):
 def test_evaluation_equals_the_real_cache_token_by_token(smollm, ids):
     model, _ = smollm
     recipe = {"version": 1, "key": {"bits": 4}, "value": {"bits": 3}, "keep": {"sinks": 4, "window": 16}}
-    ids = ids[:, :64]
+    ids = ids[:, :48]
     with torch.no_grad(), _attention(model):
         layers = api.plan_compression(model, recipe).layers
         once = model(ids, past_key_values=_teacher_cache(model, layers)).logits

@@ -92,7 +92,7 @@ def test_steps_give_the_logits_of_the_plain_model(kind, name):
 
 
 def compressed_gpt2():
-    model = tiny_model("gpt2", n_layer=2, n_head=2, n_embd=32).to(DEVICE)
+    model = tiny_model("gpt2", n_layer=1, n_head=2, n_embd=32).to(DEVICE)
     tqcompress.apply(model, RECIPE)
     return model
 
