@@ -214,8 +214,8 @@ class CompressedLayer(DynamicLayer):
         if not self.is_initialized:
             return
         refuse_held(self.codecs, self._exact_tokens(), self.stores)
-        if self.watch is not None:
-            self.watch.lower()
+        if self.watch is not None and bool(self.watch.arrived):  # what raised the flag has been cropped
+            self.watch = Watch(self.device)
 
     def _exact_tokens(self) -> tuple[Pair, Pair]:
         """The sinks and the recent tokens."""

@@ -40,11 +40,6 @@ class Watch:
         self.raised |= ~fits
         self.arrived.copy_(self.raised, non_blocking=True)
 
-    def lower(self) -> None:
-        """Forget what was noted, once the device has been waited for: what raised the flag has been cropped."""
-        self.raised.zero_()
-        self.arrived.zero_()
-
 
 def all_finite(states: Tensor) -> Tensor:
     """Whether all are, a boolean scalar on their device."""
