@@ -81,6 +81,59 @@ def steps_until_found(kind: str) -> int | None:
     return None
 
 
+def steps_until_run_ahead_tells(kind: str, bad: float, last: bool) -> int | None:
+    """A key of an exact token that turns bad while the model generates: how many steps it took until it was told.
+
+    `last`: it does so behind the last step, so that no score can show it.
+    """
+    model, at, seen, total = tiny_model("llama").to(DEVICE), [], [], 24
+    tqcompress.apply(model, recipe(3))
+    made = (
+        StaticCache(config=model.config, max_cache_len=200) if kind != "growing" else DynamicCache(config=model.config)
+    )
+
+    def turn(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(input_ids.shape[1])
+        if len(seen) == (total if last else 8):
+            made.layers[1].rings[0].ring.exact[0, 0, 1, 5, 3] = bad
+            at.append(len(seen))
+        return scores
+
+    settings = {
+        "past_key_values": made,
+        "max_new_tokens": total,
+        "do_sample": False,
+        "disable_compile": kind == "fixed",
+    }
+    try:
+        model.generate(
+            prompt(100, 2).to(DEVICE), logits_processor=[turn], custom_generate=tqcompress.run_ahead, **settings
+        )
+    except tqcompress.ModelError as error:
+        assert "layer 1, KV heads [1]" in str(error), error
+        return len(seen) - at[0]
+    return None
+
+
+def cost_of_verify(kind: str, tokens: int = 8192) -> float:
+    """Milliseconds of `verify` for 4 layers of 8 KV heads; `run_ahead` ends with one."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = tiny_model("llama", head_dim=128, max_position_embeddings=1 << 15, **sizes).to(DEVICE, torch.bfloat16)
+    tqcompress.apply(model, recipe(4) | {"keep": {"sinks": 4, "window": 128}})
+    fixed = kind == "fixed"
+    cache = StaticCache(config=model.config, max_cache_len=9000) if fixed else DynamicCache(config=model.config)
+    ids, times = prompt(tokens).to(DEVICE), []
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(10):
+            model(ids[:, :1], past_key_values=cache)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            tqcompress.verify(cache)
+            times[-1] = time.perf_counter() - times[-1]
+    return 1e3 * sorted(times)[5]
+
+
 def cost(watched: bool, tokens: int = 8192, steps: int = 512) -> tuple[float, float]:
     """Milliseconds of a prompt and of a step of a model with the heads of a large one, 4 layers."""
     sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -120,7 +173,15 @@ def main() -> None:
         found = steps_until_found(kind)
         failed += found is None
         print(f"not a number in a prompt, {kind} cache: told at call {found}", flush=True)
+    for kind in ("growing", "fixed", "compiled") if DEVICE == "cuda" else ():
+        for bad in (math.nan, math.inf):
+            for last in (False, True):
+                found = steps_until_run_ahead_tells(kind, bad, last)
+                failed += found is None or (found > 2 and math.isnan(bad))  # infinite keys may get no weight
+                print(f"run_ahead, {kind} cache, {bad}, last {last}: told {found} steps later", flush=True)
     if DEVICE == "cuda":
+        for kind in ("growing", "fixed"):
+            print(f"cost of verify, 4 layers, {kind} cache: {cost_of_verify(kind):.3f} ms", flush=True)
         for turn in range(2):
             for watched in (False, True):
                 prefill, step = cost(watched)

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FAULTS = [
     ("beams do not reorder packed tokens", "cache.py", "            store.map(function)\n", "            pass\n"),
     ("beams do not reorder exact tokens", "cache.py",
-     "(tuple(map(function, pair)) for pair in (self.sinks, self.recent))", "(self.sinks, self.recent)"),
+     "self.sinks, self.recent = each(function, self.sinks), each(function, self.recent)", "pass"),
     ("beams do not reorder where padded prompts begin", "cache.py", "self.order = function(self.order)", "pass"),
     ("a crop skips the packed tokens", "cache.py", "if left < sinks + packed:", "if False:"),
     ("a crop keeps sinks it should remove", "cache.py",
-     "self.sinks = tuple(states[:, :, :left] for states in self.sinks)", "pass"),
+     "self.sinks = each(lambda states: states[:, :, :left], self.sinks)", "pass"),
     ("a crop leaves one packed token too many", "cache.py", "max(0, left - sinks))\n", "max(0, left - sinks + 1))\n"),
     ("a copied cache shares its packed tokens", "store.py", "    def append(",
      "    def __deepcopy__(self, memo):\n        return self\n\n    def append("),
@@ -38,8 +38,8 @@ FAULTS = [
      "return mask[:, 0, -1] if visible is None else visible"),
     ("the last of several tokens sees only itself hidden", "blockwise.py",
      "if stop - 1 <= self.first_query:", "if start <= self.first_query:"),
-    ("reset keeps where padded prompts began", "cache.py", "self.padding = self.order = None\n\n    def reorder",
-     "pass\n\n    def reorder"),
+    ("reset keeps where padded prompts began", "cache.py", "self.padding = self.order = None\n        if self.sentinel",
+     "pass\n        if self.sentinel"),
     ("soft caps are ignored", "blockwise.py", "if self.softcap is not None:", "if False:"),
     ("attention sinks are ignored", "attention.py", "if s_aux is not None:", "if False:"),
     ("one head's codes are another's", "view.py", "return states.narrow(1, first, count) if neighbours",
@@ -49,20 +49,24 @@ FAULTS = [
 ]  # fmt: skip
 
 
+def with_fault(fault: tuple[str, str, str, str]) -> str:
+    """The file's text with the fault in it."""
+    what, name, code, instead = fault
+    text = (ROOT / "tqcompress" / name).read_text(encoding="utf-8")
+    if text.count(code) != 1:
+        raise SystemExit(f"{what}: the code is {text.count(code)} times in {name}")
+    return text.replace(code, instead)
+
+
 def run(fault: tuple[str, str, str, str]) -> str | None:
     """The first test that fails with the fault, or None."""
-    _, name, code, instead = fault
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for part in ("tqcompress", "tests"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         for part in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / part, copy)
-        path = copy / "tqcompress" / name
-        text = path.read_text(encoding="utf-8")
-        if text.count(code) != 1:
-            raise SystemExit(f"{fault[0]}: the code is {text.count(code)} times in {name}")
-        path.write_text(text.replace(code, instead), encoding="utf-8")
+        (copy / "tqcompress" / fault[1]).write_text(with_fault(fault), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
         files = [f"tests/conformance/test_{part}.py" for part in ("operations", "generation", "modes")]
         done = subprocess.run([*command, *files], cwd=copy, capture_output=True, text=True)

@@ -175,8 +175,8 @@ def trellis_side(states: int, bits: int, dim: int, page: int = 0) -> Packed:
     return Packed((codes,), scale, torch.cat([half, -half.flip(0)]), bits, 1.0, False, states.bit_length() - 1)
 
 
-def trellis(states: int, bits: int, other: int, dim: int, page: int = 0) -> None:
-    """Compile what trellis codes need; values have `other` bits."""
+def trellis(states: int, bits: int, other: int, dim: int, page: int = 0, only_int8: bool = False) -> None:
+    """Compile what trellis codes need; values have `other` bits. `only_int8`: not what reads them in plain Triton."""
     key, value = trellis_side(states, bits, dim, page), trellis_side(states, other, dim, page)
     by = trellis_encoder(torch.eye(dim)[None], None, key.levels, 1.0, bits, "fp16")
     encode(torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), key.planes, key.scale, 0, by)
@@ -184,10 +184,10 @@ def trellis(states: int, bits: int, other: int, dim: int, page: int = 0) -> None
     query, table = (torch.zeros(1, 2, 4, dim), torch.zeros(1, 2, 4)), torch.zeros(1, 4, dtype=torch.int32)
     table = table if page else None
     found = (lookups.trellis_lookup(x.levels, 1.0, x.bits, dim) for x in (key, value))
-    for read in (plain.split, fast.FastSplit(*found)):
+    for read in (fast.FastSplit(*found),) if only_int8 else (plain.split, fast.FastSplit(*found)):
         read(*query, key, value, *rest, table, 0.1, None)
     mixed = packed(4, 512, dim, False, False)._replace(levels=torch.tensor([-x for x in L4[::-1]] + L4).float())
-    if not page:
+    if not page and not only_int8:
         found = lookups.trellis_lookup(key.levels, 1.0, bits, dim), lookups.lookup(mixed.levels, torch.device("cpu"))
         fast.FastSplit(*found)(*query, key, mixed, *rest, None, 0.1, None)
         dequantize(key, torch.zeros(1, 2, 70, dim, dtype=torch.bfloat16), 0)
@@ -207,8 +207,8 @@ def step(dtype: torch.dtype, int8_levels: bool) -> None:
 
 
 L2, L3, L4 = [37, 123], [13, 40, 71, 113], [5, 15, 25, 36, 48, 62, 79, 104]
-EVERYWHERE = [lambda: split((4, 2), 64, 4, True), lambda: ends(torch.bfloat16, 1), lambda: coding(3, 64, 200)]
-EVERYWHERE += [lambda: step(torch.bfloat16, False), lambda: attention(torch.bfloat16, 128)]
+EVERYWHERE = [lambda: ends(torch.bfloat16, 1), lambda: coding(3, 64, 200), lambda: attention(torch.bfloat16, 128)]
+PLAIN = [lambda: step(torch.bfloat16, False)]  # one of each instruction set: that of sm_89 is sm_80's
 # The ways of turning codes into levels, pages and options, thinly: one target each.
 ONCE = {
     "sm_80": [
@@ -223,7 +223,7 @@ ONCE = {
         lambda: attention(torch.bfloat16, 256),
         lambda: split((4, 3), 64, 16, False, log8=False, page=16, limits=True),
         lambda: int8(L3, L3, 128, 4),
-        lambda: trellis(16, 2, 3, 128),
+        lambda: trellis(16, 2, 3, 128, only_int8=True),
     ],
     "sm_90": [
         lambda: split((4, 4), 128, 4, True),
@@ -231,10 +231,10 @@ ONCE = {
         lambda: int8(L4, L4, 128, 8, 64),
         lambda: step(torch.float16, True),
         lambda: trellis(64, 3, 3, 128, 64),
-        lambda: trellis(64, 2, 4, 256),
+        lambda: trellis(64, 2, 4, 256, only_int8=True),
         lambda: parts((3, 2), 64, 128, True),
-        lambda: parts((3, 2), 32, 128, False),
-        lambda: trellis(64, 3, 2, 64),
+        lambda: parts((3, 2), 32, 64, False),
+        lambda: trellis(64, 3, 2, 64, only_int8=True),
     ],
     "sm_100": [lambda: split((3, 1), 64, 4, True, page=64, softcap=30.0), lambda: int8(L2, L2, 128, 4)],
     "gfx942": [lambda: split((2, 6), 64, 4, False)],
@@ -244,5 +244,5 @@ ONCE = {
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         only_compile(TARGETS[name])
-        for case in EVERYWHERE + ONCE[name]:
+        for case in EVERYWHERE + ([] if name in ("sm_89", "sm_90") else PLAIN) + ONCE[name]:
             case()

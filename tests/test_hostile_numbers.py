@@ -114,18 +114,31 @@ def test_what_is_not_finite_is_named_and_never_stored(recipe, bad, side):
     assert torch.equal(*(view.attend(query, None, 0.25, None)[0] for view in views))
 
 
-@pytest.mark.parametrize(("scale", "size"), [("fp16", 1e6), ("log8", 1e4)])
-def test_a_scale_that_overflows_is_refused_and_named(scale, size):
-    """The tokens stay where they were, exact: the error comes again, and nothing wrong is ever read."""
+@pytest.mark.parametrize(
+    ("name", "side", "size"),
+    [
+        ("turboquant", {"bits": 2, "scale": "fp16"}, 1e6),
+        ("turboquant", {"bits": 2, "scale": "log8"}, 1e4),
+        ("affine", {"bits": 2, "group": 16}, 1e6),
+        ("polar", {"bits": 3}, 1e6),
+        ("qjl", {"bits": 3}, 1e6),
+        ("trellis", {"bits": 2, "states": 16}, 1e6),
+        ("nvfp4", {"bits": 4}, 1e6),
+        ("fp8", {"bits": 8}, 1e6),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("scale", "") if isinstance(value, dict) else None,
+)
+def test_a_scale_that_overflows_is_refused_and_named(name, side, size):
+    """Of every codec. The tokens stay where they were, exact: the error comes again, nothing wrong is ever read."""
     model = tiny_model("llama")
-    tqcompress.apply(model, RECIPES["turboquant"] | {"value": {"bits": 2, "scale": scale}})
+    tqcompress.apply(model, lossless(quantizer=name, key=side, value=side))
     cache = DynamicCache(config=model.config)
     model.tqcompress.compress_layers(cache)
     states = torch.randn(1, 2, 250, 16, generator=torch.Generator().manual_seed(0))
     broken = states.clone()
     broken[0, 0, 9] *= size
     layer = cache.layers[2]
-    with pytest.raises(ModelError, match=r"layer 2, KV heads \[0\]: turboquant cannot store these values"):
+    with pytest.raises(ModelError, match=rf"layer 2, KV heads \[0\]: {name} cannot store these values"):
         layer.update(states, broken)
     assert [store.length for store in layer.stores[0]] == [0, 0] and layer.get_seq_length() == 250
     with pytest.raises(ModelError, match=r"layer 2, KV heads \[0\]"):

@@ -113,14 +113,14 @@ def check_paths(codes, unit, by, table, equal=0.9):
 )
 def test_encode(states, bits, dim, group, dtype, centred, scale_format, correct, monkeypatch):
     """In several chunks of tokens, into the middle of a store."""
-    monkeypatch.setattr(encode_trellis, "CHUNK", 64 * 2 * HEADS)
-    tokens, start = 70 if bits == 1 else 9, 3
-    x, into = vectors(2, tokens, dim, dtype), rotation("dense" if centred else "identity", dim)
+    monkeypatch.setattr(encode_trellis, "CHUNK", 64 * HEADS)
+    (batch, tokens), start = (1, 66) if bits == 1 else (2, 5), 3
+    x, into = vectors(batch, tokens, dim, dtype), rotation("dense" if centred else "identity", dim)
     table, step = table_of(states, bits)
     mean = random(HEADS, dim, seed=1) if centred else None
     by = encode_trellis.trellis_encoder(into, mean, table, step, bits, scale_format, correct, group)
-    codes = torch.full((2, HEADS, tokens + 5, dim * bits // 8), POISON, dtype=torch.uint8, device=DEVICE)
-    scale = torch.zeros(2, HEADS, tokens + 5, 1, device=DEVICE)
+    codes = torch.full((batch, HEADS, tokens + 5, dim * bits // 8), POISON, dtype=torch.uint8, device=DEVICE)
+    scale = torch.zeros(batch, HEADS, tokens + 5, 1, device=DEVICE)
     scale = scale.to(torch.float16 if scale_format == "fp16" else torch.uint8)
     encode(x, (codes,), scale, start, by)
     rows = slice(start, start + tokens)

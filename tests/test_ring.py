@@ -101,8 +101,9 @@ class Sequence:
         (1, (4, 3), False, 4, 10, 0, 0, 7, False),  # the sinks fill
         (2, (4, 2), True, 4, 10, 128, 0, 8, False),  # the ring fills, a block goes
         (2, (3, 3), True, 3, 64, 128, 0, 6, True),
-        (1, (2, 4), False, 0, 0, 60, 0, 70, False),  # no sinks, no window: the smallest ring, twice
-        (1, ((16, 2), (16, 3)), True, 3, 10, 130, 0, 4, False),  # trellis codes
+        (1, (2, 4), False, 0, 0, 62, 0, 4, False),  # no sinks, no window: the smallest ring
+        (1, (2, 4), False, 0, 0, 126, 0, 4, False),  # and once more
+        (1, ((16, 2), (16, 3)), True, 3, 10, 130, 0, 2, False),  # trellis codes
         (1, (4, 4), False, 5, 65, 64 + 37 + 5 + 188, 64 + 37, 10, False),  # blocks that do not begin at multiples of 64
     ],
 )
@@ -119,11 +120,12 @@ def test_steps_see_all_tokens_and_keep_the_new_one(batch, bits, mean, sinks, win
         sequence.check(out, lse, query, length + i + 1, mask)
     # What was encoded block by block is what encoding everything at once gives; a code next to a boundary may differ.
     packed = packed_at(length + steps, base, sinks, sequence.ring.room)
+    rows = slice(8 if isinstance(bits[0], tuple) else None)  # interpreted, a search takes long
     fresh = [buffers(n, batch, 256) for n in bits]
-    sequence.encode(0, packed, fresh)
+    sequence.encode(0, min(packed, rows.stop or packed), fresh)
     for store, other in zip(sequence.stores, fresh, strict=True):
         for got, want in zip((*store[0], store[1]), (*other[0], other[1]), strict=True):
-            assert (got != want).double().mean() < 1e-3
+            assert (got != want)[:, :, rows].double().mean() < 1e-3
 
 
 def test_the_op_does_the_same_and_a_query_may_come_again():

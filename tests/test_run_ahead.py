@@ -111,3 +111,10 @@ def test_what_it_cannot_do_is_refused(model):
             prompt(20), custom_generate=tqcompress.run_ahead, max_new_tokens=2, return_dict_in_generate=True,
             output_attentions=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_scores_that_are_not_a_number_are_an_error(model, sample):
+    model.lm_head.weight.data[7, 3] = torch.nan
+    with pytest.raises(tqcompress.ModelError, match="scores are not a number, though its cache holds nothing of the"):
+        model.generate(prompt(20), custom_generate=tqcompress.run_ahead, max_new_tokens=9, do_sample=sample)

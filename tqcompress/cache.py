@@ -16,7 +16,7 @@ from .errors import ModelError
 from .guard import Sentinel
 from .store import TokenStore
 from .view import GroupView, KVView, LayerCodecs, Pair, each, take_heads
-from .watch import CannotStore, Watch, fits_on_device, refuse_rows, refuse_states
+from .watch import CannotStore, Watch, all_finite, fits_on_device, refuse_held, refuse_rows, refuse_states
 
 # Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
 # (assisted decoding crops them) never reaches into what is already encoded.
@@ -89,9 +89,11 @@ class CompressedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self._look()
         new = (key_states.detach(), value_states.detach())
+        empty, count = self.get_seq_length() == 0, key_states.shape[2]
         if self.watch is None:
             refuse_states(self.codecs, dict(zip(("keys", "values"), new, strict=True)))
-        empty, count = self.get_seq_length() == 0, key_states.shape[2]
+        elif count > DRAFT_ROOM:  # for fewer tokens it would be a part of the time
+            self.watch.note(all_finite(new[0]) & all_finite(new[1]))
         self._release(keep=self.codecs.window)
         if empty and self.padding is not None and count > self.codecs.sinks:
             self.order = _sinks_first(self.padding.to(self.device), self.codecs.sinks, count)
@@ -211,14 +213,13 @@ class CompressedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        for name, i in (("keys", 0), ("values", 1)):
-            for states in (self.sinks[i], self.recent[i]):
-                refuse_states(self.codecs, {name: states})
-        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
-            for codec, store in zip((group.key, group.value), stores, strict=True):
-                refuse_rows(self.codecs, group, codec, store.read())
-        if self.watch is not None:  # what raised the flag has been cropped
+        refuse_held(self.codecs, self._exact_tokens(), self.stores)
+        if self.watch is not None and bool(self.watch.arrived):  # what raised the flag has been cropped
             self.watch = Watch(self.device)
+
+    def _exact_tokens(self) -> tuple[Pair, Pair]:
+        """The sinks and the recent tokens."""
+        return self.sinks, self.recent
 
     def get_seq_length(self) -> int:
         """Tokens cached."""

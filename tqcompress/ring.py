@@ -1,5 +1,6 @@
 """`RingLayer`: a compressed layer whose steps of one token go through kernels that know the length on the device."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,8 @@ class RingLayer(CompressedLayer):
     # As CompressedLayer.update.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives no types
     def _update_many(self, key_states: Tensor, value_states: Tensor) -> Returned:
+        if self.fixed and self.stepping:  # steps ran no host code that could have heard of anything
+            self.verify()
         self.leave()
         if self.fixed and self.is_initialized and not self.holds_tokens and self.batch != key_states.shape[0]:
             self.is_initialized = False
@@ -118,12 +121,17 @@ class RingLayer(CompressedLayer):
         """Move the exact tokens from the rings to `sinks` and `recent`."""
         if not self.stepping:
             return
-        length = self.tokens
-        parts = [ring.read(length) for ring in self.rings]
-        self.sinks, self.recent = (self._joined([part[i] for part in parts]) for i in (0, 1))
-        self._count_packed(length)
+        self.sinks, self.recent = self._exact_tokens()
         self.stepping = False
         self._watch_new()
+
+    def _exact_tokens(self) -> tuple[Pair, Pair]:
+        if not self.stepping:
+            return super()._exact_tokens()
+        length = self.tokens
+        parts = [ring.read(length) for ring in self.rings]
+        self._count_packed(length)
+        return self._joined([sinks for sinks, _ in parts]), self._joined([recent for _, recent in parts])
 
     def _joined(self, pairs: list[Pair]) -> Pair:
         """The heads of all groups, each in its place."""
@@ -267,24 +275,20 @@ class RingLayer(CompressedLayer):
         visible[:, : shown.shape[1]] = shown if place is None else shown.gather(1, place)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As `CompressedLayer.crop`."""
+        """As `CompressedLayer.crop`; a layer of fixed size is then asked whether what is left is sound."""
         self.leave()
         super().crop(tokens_to_remove)
         if self.fixed and self.holds_tokens:
             self.enter()
-
-    def verify(self) -> None:
-        """As `CompressedLayer.verify`."""
-        stepping = self.stepping
-        self.leave()
-        try:
-            super().verify()
-        finally:
-            if stepping:
-                self.enter()
+            self.verify()
 
     def reset(self) -> None:
-        """Forget all tokens. Buffers of a fixed size stay."""
+        """Forget all tokens. Buffers of a fixed size stay; what was wrong with their tokens is told by a warning."""
+        if self.fixed and self.stepping:
+            try:
+                self.verify()
+            except ModelError as error:
+                warnings.warn(f"a cache that is reset made wrong tokens: {error}", stacklevel=2)
         if not self.fixed or not self.is_initialized:
             super().reset()
             self.rings = []

@@ -3,6 +3,8 @@
 transformers asks after each token whether all sequences are finished, and the device idles while the host then
 prepares the next step: more than a millisecond for a large model. Here the answer is copied to the host behind the
 step and read after the next one was begun. A sequence that ends itself costs one step more, which is taken back.
+
+What is not a number reaches the scores, and the host with that answer. Compiled steps have no other way to tell.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,11 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from .api import verify
+from .errors import ModelError
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
 
@@ -36,7 +41,8 @@ def run_ahead(
 
     The tokens are those that `generate()` finds alone. transformers hands no streamer to a custom loop: give it as
     `custom_generate=functools.partial(tqcompress.run_ahead, streamer=streamer)`; it gets each token one step later.
-    Raises `ValueError` for beams, assisted decoding, and outputs other than tokens, scores, logits and the cache.
+    Raises `ValueError` for beams, assisted decoding, and outputs other than tokens, scores, logits and the cache, and
+    `ModelError` if scores are not a number, a step later, or if `verify` finds anything in the cache at the end.
     """
     config = generation_config
     _check(config)
@@ -51,7 +57,7 @@ def run_ahead(
     outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=True)
     cache = outputs.get("past_key_values")
     kept = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)  # the caller sees it afterwards
-    stop = _Stop(streamer, late=cache is None or not kept or cache.is_croppable)
+    stop = _Stop(streamer, cache, late=cache is None or not kept or cache.is_croppable)
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         # A copy: a compiled model writes its next logits to the same place.
@@ -59,13 +65,19 @@ def run_ahead(
         del outputs
         chosen = logits_processor(input_ids, last)
         scores, logits = scores if scores is None else (*scores, chosen), logits if logits is None else (*logits, last)
-        tokens = torch.multinomial(chosen.softmax(-1), 1)[:, 0] if config.do_sample else chosen.argmax(-1)
+        if config.do_sample:
+            chosen = chosen.softmax(-1)
+            # A device that is asked for one of nothing but NaN is lost to the process; here the host hears of them.
+            tokens = torch.multinomial(chosen.nan_to_num(nan=1.0), 1)[:, 0]
+        else:
+            tokens = chosen.argmax(-1)  # the first NaN, if there is one
+        score = chosen.gather(-1, tokens[:, None])
         if pad is not None:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         unfinished = unfinished & ~stopping_criteria(input_ids, scores)
         longest = stopping_criteria.max_length
-        if stop(unfinished, tokens) or (longest is not None and input_ids.shape[1] >= longest):
+        if stop(unfinished, score, tokens) or (longest is not None and input_ids.shape[1] >= longest):
             break
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
@@ -77,6 +89,8 @@ def run_ahead(
         if cache is not None and kept:
             cache.crop(-1)
     stop.finish()
+    if cache is not None:
+        verify(cache)
     if not config.return_dict_in_generate:
         return input_ids
     return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=logits, past_key_values=cache)
@@ -94,13 +108,13 @@ def _check(config: GenerationConfig) -> None:
 class _Stop:
     """Whether all sequences were finished a step ago, or, if not `late`, now; the streamer gets tokens as late."""
 
-    def __init__(self, streamer: "BaseStreamer | None", late: bool):
-        self.streamer, self.late = streamer, late
+    def __init__(self, streamer: "BaseStreamer | None", cache: "Cache | None", late: bool):
+        self.streamer, self.cache, self.late = streamer, cache, late
         self.too_late = False  # one step was made that nobody asked for
-        self.pending: tuple[Tensor, Tensor, torch.Event | None] | None = None
+        self.pending: tuple[list[Tensor], torch.Event | None] | None = None
 
-    def __call__(self, unfinished: Tensor, tokens: Tensor) -> bool:
-        before, self.pending = self.pending, self._copied(unfinished.max() == 0, tokens)
+    def __call__(self, unfinished: Tensor, score: Tensor, tokens: Tensor) -> bool:
+        before, self.pending = self.pending, self._copied(unfinished, score, tokens)
         if not self.late:
             return self._read(self.pending)
         self.too_late = before is not None and self._read(before)
@@ -113,20 +127,27 @@ class _Stop:
         if self.streamer is not None:
             self.streamer.end()
 
-    def _copied(self, done: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, torch.Event | None]:
+    def _copied(self, *found: Tensor) -> tuple[list[Tensor], torch.Event | None]:
         """On their way to the host, and the event that says that they are there."""
-        if not done.is_cuda:
-            return done, tokens, None
-        wanted = (done, tokens) if self.streamer is not None else (done,)
+        if not found[0].is_cuda:
+            return list(found), None
+        wanted = found if self.streamer is not None else found[:2]
         copies = [x.new_empty(x.shape, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in wanted]
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(done.device))
-        return copies[0], copies[-1], event
+        event.record(torch.cuda.current_stream(found[0].device))
+        return copies, event
 
-    def _read(self, copies: tuple[Tensor, Tensor, torch.Event | None]) -> bool:
-        done, tokens, event = copies
+    def _read(self, copies: tuple[list[Tensor], torch.Event | None]) -> bool:
+        (unfinished, score, *tokens), event = copies
         if event is not None:
             event.synchronize()
+        if bool(score.isnan().any()):
+            if self.cache is not None:
+                verify(self.cache)
+            raise ModelError(
+                "the model's scores are not a number, though its cache holds nothing of the kind; check the model's "
+                "dtype and weights"
+            )
         if self.streamer is not None:
-            self.streamer.put(tokens.cpu())
-        return bool(done)
+            self.streamer.put(tokens[0].cpu())
+        return not bool(unfinished.any())

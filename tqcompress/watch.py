@@ -1,7 +1,8 @@
 """Finding what a cache cannot hold: infinities, what is not a number, what is too large for a scale's format.
 
 On a CPU such keys and values are refused before anything is stored. Elsewhere asking would make the host wait for the
-device at every step: there a flag on the device is raised when codes are stored, and read once it has reached the host.
+device at every step: there a flag on the device is raised when a prompt comes and when codes are stored, and read once
+it has reached the host.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import Tensor
 from .codec import Codec
 from .errors import ModelError
 from .store import TokenStore
-from .view import GroupCodecs, LayerCodecs
+from .view import GroupCodecs, LayerCodecs, Pair
 
 
 class CannotStore(ModelError):
@@ -40,16 +41,16 @@ class Watch:
         self.arrived.copy_(self.raised, non_blocking=True)
 
 
-def finite(states: Tensor) -> bool:
-    """Whether all are; waits for the device."""
-    # The largest magnitude is not a number if any is not: one operation, not the five of `isfinite().all()`.
-    return not states.numel() or math.isfinite(torch.linalg.vector_norm(states, math.inf))
+def all_finite(states: Tensor) -> Tensor:
+    """Whether all are, a boolean scalar on their device."""
+    # The largest magnitude is not a number if any is not: one pass, not the several of `isfinite().all()`.
+    return (torch.linalg.vector_norm(states, math.inf) if states.numel() else states.new_zeros(())).isfinite()
 
 
 def refuse_states(codecs: LayerCodecs, sides: dict[str, Tensor]) -> None:
     """Raise `ModelError` for keys or values `[batch, kv_heads, tokens, head_dim]` that are not finite."""
     for side, states in sides.items():
-        if not finite(states):
+        if not bool(all_finite(states)):
             bad = ~states.isfinite().all(-1)
             heads = [codecs.first_head + head for head in bad.any(2).any(0).nonzero().flatten().tolist()]
             raise ModelError(
@@ -79,3 +80,20 @@ def fits_on_device(codec: Codec, store: TokenStore, start: int) -> Tensor | None
     """Whether the rows from `start` on hold what was encoded, on their device; None if any row does."""
     fits = codec.fits(store.read(start))
     return None if fits.device != next(iter(store.buffers.values())).device else fits
+
+
+def refuse_held(codecs: LayerCodecs, exact: tuple[Pair, Pair], stores: list[tuple[TokenStore, TokenStore]]) -> None:
+    """Raise `ModelError` if anything that a layer holds is infinite, not a number or too large. Waits once."""
+    packed = [
+        (group, codec, store)
+        for group, sides in zip(codecs.groups, stores, strict=True)
+        for codec, store in zip((group.key, group.value), sides, strict=True)
+    ]
+    found = [all_finite(states) for pair in exact for states in pair]
+    found += [codec.fits(store.read()) for _, codec, store in packed]
+    if bool(torch.stack([one.to(found[0].device) for one in found]).all()):
+        return
+    for pair in exact:
+        refuse_states(codecs, dict(zip(("keys", "values"), pair, strict=True)))
+    for group, codec, store in packed:
+        refuse_rows(codecs, group, codec, store.read())

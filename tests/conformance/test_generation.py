@@ -38,7 +38,8 @@ def test_beams_of_different_lengths(setup, architecture):
     ids, mask = padded_batch()
     ends = assert_same_tokens(pair, ids, attention_mask=mask)[0, -5].item()
     beams = {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": ends, "pad_token_id": 0}
-    for early, penalty in ((False, 1.0), (True, -1.0), ("never", 2.0)):
+    ways = [(True, -1.0), (False, 1.0), ("never", 2.0)]  # the search alone differs, which is the same for all models
+    for early, penalty in ways if architecture == "llama" else ways[:1]:
         assert_same_tokens(pair, ids, attention_mask=mask, early_stopping=early, length_penalty=penalty, **beams)
 
 

@@ -28,7 +28,7 @@ def assert_goes_on(pair: Pair, caches: tuple, ids: torch.Tensor, pieces: list[in
 
 @setups(every=True)
 def test_prompt_then_single_tokens(setup, architecture):
-    both(setup.pair(architecture), prompt(60), [20])
+    both(setup.pair(architecture), prompt(48), [20])
 
 
 @setups(growing, architectures=["llama"])
@@ -74,7 +74,7 @@ def test_rows_padded_on_the_right(setup, architecture):
 @setups(growing, architectures=KINDS)
 def test_crop_to_every_length(setup, architecture):
     pair = setup.pair(architecture)
-    ids, tail = prompt(40), prompt(6, seed=1)
+    ids, tail = prompt(40), prompt(4, seed=1)
     first = both(pair, ids, [30, 1, 9])
     for left in range(0, 41, 2 if setup.lossy else 1) if architecture == "llama" else (0, 21, 25, 39):
         caches = copy.deepcopy(first)
@@ -84,7 +84,7 @@ def test_crop_to_every_length(setup, architecture):
             cache.crop(left - 40)
             assert cache.get_seq_length() == left
         assert_goes_on(pair, caches, tail, [1, 3])
-        assert [cache.get_seq_length() for cache in caches] == [left + 6] * 2
+        assert [cache.get_seq_length() for cache in caches] == [left + 4] * 2
 
 
 @setups(growing, architectures=["llama"], every=True)
