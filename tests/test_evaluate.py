@@ -28,6 +28,14 @@ RECIPES = {
         "key": {"bits": 2, "group": 8},
         "value": {"bits": 2, "group": 8},
     },
+    "trellis-heads": {
+        "version": 1,
+        "keep": KEEP,
+        "quantizer": "trellis",
+        "key": {"bits": 2, "states": 16},
+        "value": {"bits": 2, "states": 16},
+        "rules": [{"heads": 1, "key": {"bits": 3}}, {"layers": 1, "heads": 0, "value": {"bits": 4}}],
+    },
     "no-window": {"version": 1, "keep": {"sinks": 0, "window": 0}, "key": {"bits": 3}, "value": {"bits": 3}},
 }
 LOSSLESS = {"version": 1, "keep": KEEP, "quantizer": "exact", "key": {"bits": 32}, "value": {"bits": 32}}
