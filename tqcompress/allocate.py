@@ -23,7 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from .compression import Compression
 from .errors import RecipeError, TQCompressError
 from .evaluate import divergences
-from .plan import SIDES, Plan, Side
+from .plan import EXACT, SIDES, Group, Plan, Side
 from .recipe import Budget, Recipe
 from .resolve import Allocated
 from .view import LayerCodecs
@@ -170,6 +170,28 @@ def solve(losses: np.ndarray, sizes: np.ndarray, room: float) -> list[int]:
     return chosen
 
 
+def sensitivities(
+    model: "PreTrainedModel",
+    windows: Sequence[torch.Tensor],
+    groups: list[list[Slot]],
+    choices: Sequence[float],
+    plan_of: Callable[[Allocated], Plan],
+    build: Callable[[Plan], Compression],
+    step: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """The KL on windows of token ids `[tokens]` when a unit alone is compressed, with each choice: `[units, choices]`.
+
+    `step` is called after every pass, one for each window and one more for each unit and choice.
+    """
+    plans = {choice: plan_of(lambda *slot, bits=choice: bits) for choice in choices}
+
+    def layers_of(unit: list[Slot], choice: float) -> dict[int, LayerCodecs]:
+        return build(alone(plans[choice], unit)).layers
+
+    found = divergences(model, windows, [partial(layers_of, *pair) for pair in product(groups, choices)], step)
+    return np.array(found).reshape(len(groups), len(choices))
+
+
 def allocate(
     model: "PreTrainedModel",
     recipe: Recipe,
@@ -195,8 +217,7 @@ def allocate(
     groups = units(sizes.of, budget.over)
     pairs = sizes.uniform()
     search, *held_out = _pieces(windows(), budget, plan_of(_answer(next(iter(pairs.values())))), source)
-    alone = sum(1 for _ in _changes(groups, sizes.choices, next(iter(pairs.values()))))
-    done, total = 0, 2 + len(pairs) + alone + 3 * len(held_out)
+    done, total = 0, 2 + len(pairs) + len(groups) * len(sizes.choices) + 3 * len(held_out)
 
     def step() -> None:
         nonlocal done
@@ -211,19 +232,18 @@ def allocate(
     try:
         progress(done, total)
         kls = divergences(model, [search], [partial(layers_of, bits) for bits in pairs.values()], step)
-        kl, pair = min(zip(kls, pairs, strict=True))
-        base = pairs[pair]
-        losses = _sensitivities(model, search, groups, sizes.choices, base, kl, plan_of, build, step)
+        pair = min(zip(kls, pairs, strict=True))[1]
+        losses = sensitivities(model, [search], groups, sizes.choices, plan_of, build, step)
         cost = np.array([[sum(sizes.of[slot][c] for slot in unit) for c in sizes.choices] for unit in groups])
         chosen = solve(losses, cost, sizes.room)
         allocated = {s: sizes.choices[i] for unit, i in zip(groups, chosen, strict=True) for s in unit}
-        uniform = sizes.filled(base)
+        uniform = sizes.filled(pairs[pair])
         both = [partial(layers_of, bits) for bits in (allocated, uniform)]
         allocated_kl, uniform_kl = divergences(model, held_out, both, step)
     finally:
         model.train(training)
     name = f"{pair[0]:g}-bit keys, {pair[1]:g}-bit values" + (
-        ", the rest of the bits spread evenly" * (uniform != base)
+        ", the rest of the bits spread evenly" * (uniform != pairs[pair])
     )
     bits = (sizes.mean(allocated), allocated_kl, sizes.mean(uniform), uniform_kl)
     outcome = Allocation(budget.bits, *bits, name, sum(map(len, held_out)))
@@ -234,44 +254,17 @@ def _answer(bits: Bits) -> Allocated:
     return lambda *slot: bits[slot]
 
 
-def _changes(groups: list[list[Slot]], choices: list[float], base: Bits) -> Iterable[tuple[int, int, Bits]]:
-    """Each unit and choice by their places, with the bits in which that unit alone is not as in `base`."""
-    for row, unit in enumerate(groups):
-        for column, choice in enumerate(choices):
-            if any(base[slot] != choice for slot in unit):
-                yield row, column, base | dict.fromkeys(unit, choice)
-
-
-def _sensitivities(
-    model: "PreTrainedModel",
-    window: torch.Tensor,
-    groups: list[list[Slot]],
-    choices: list[float],
-    base: Bits,
-    kl: float,
-    plan_of: Callable[[Allocated], Plan],
-    build: Callable[[Plan], Compression],
-    step: Callable[[], None],
-) -> np.ndarray:
-    """The change of `kl` when a unit alone gets a choice: `[units, choices]`, 0 where it changes nothing."""
-    plan = plan_of(_answer(base))
-    layers = build(plan).layers
-
-    def changed(bits: Bits) -> dict[int, LayerCodecs]:
-        other = plan_of(_answer(bits))
-        new = tuple(group for group in other.groups if group not in plan.groups)
-        touched = {group.layer for group in new}  # only their codecs are built anew
-        if not touched:
-            return layers
-        part = replace(other, groups=tuple(group for group in other.groups if group.layer in touched))
-        return layers | build(part).layers
-
-    wanted = list(_changes(groups, choices, base))
-    found = divergences(model, [window], [partial(changed, bits) for _, _, bits in wanted], step)
-    losses = np.zeros((len(groups), len(choices)))
-    for (row, column, _), value in zip(wanted, found, strict=True):
-        losses[row, column] = value - kl
-    return losses
+def alone(plan: Plan, unit: list[Slot]) -> Plan:
+    """The plan with everything exact but the slots of a unit."""
+    slots = set(unit)
+    groups = defaultdict(list)
+    for group in plan.groups:
+        for head in group.heads:
+            if any((group.layer, head, side) in slots for side in SIDES):
+                key, value = (getattr(group, side) if (group.layer, head, side) in slots else EXACT for side in SIDES)
+                groups[group.layer, key, value].append(head)
+    found = tuple(Group(layer, tuple(heads), key, value) for (layer, key, value), heads in groups.items())
+    return replace(plan, groups=found)
 
 
 def _pieces(windows: list[torch.Tensor], budget: Budget, plan: Plan, source: str) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from . import attention
 from .compression import Compression
 from .errors import ModelError, TQCompressError
 from .plan import SIDES, Plan, packed_tokens
+from .prefix import Prefix
 from .view import KVView, LayerCodecs, take_heads
 
 if TYPE_CHECKING:
@@ -119,18 +120,24 @@ def divergences(
 ) -> list[float]:
     """The mean KL, as in `evaluate`, of each candidate on windows of token ids `[tokens]`.
 
-    A candidate is a function that builds the codecs of all compressed layers: one is held at a time. `progress` is
-    called after every forward pass, one for each window and one more for each of its candidates.
+    A candidate is a function that builds the codecs of all compressed layers: one is held at a time, and its pass
+    begins at the first of them. `progress` is called after every pass, one for each window and one more for each of
+    its candidates.
     """
     tallies = [_Tally() for _ in candidates]
+    prefix = Prefix(model, len(DynamicCache(config=model.config).layers))
     with _attention(model):
         for window in windows:
             batch, targets = window.to(model.device)[None], window[1:].to(model.device)
-            reference = model(batch, use_cache=False).logits[0, :-1]
+            with prefix.recorded():
+                reference = model(batch, use_cache=False).logits[0, :-1]
             progress()
-            for tally, layers in zip(tallies, candidates, strict=True):
-                cache = _teacher_cache(model, layers())
-                tally.add(reference, model(batch, past_key_values=cache, use_cache=True).logits[0, :-1], targets)
+            for tally, candidate in zip(tallies, candidates, strict=True):
+                layers = candidate()
+                cache = _teacher_cache(model, layers)
+                with prefix.replayed(min(layers)):
+                    logits = model(batch, past_key_values=cache, use_cache=True).logits[0, :-1]
+                tally.add(reference, logits, targets)
                 progress()
     return [torch.cat(tally.kl).mean().item() for tally in tallies]
 
