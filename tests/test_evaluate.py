@@ -1,6 +1,7 @@
 """The evaluation must say what generation really loses: it is checked against the real cache, token by token."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,32 @@ def test_one_pass_equals_feeding_the_real_cache_token_by_token(architecture, nam
     allowed = 1e-4 * plain.abs().max()
     assert (once - stepwise).abs().max() < allowed
     assert loss > 10 * allowed, "the codec must have an effect, or the test shows nothing"
+
+
+def test_what_is_stored_is_made_by_the_backend():
+    model, said = tiny_model("llama"), []
+    layers = api.plan_compression(model, RECIPES["groups"]).layers
+    ids = torch.randint(0, model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def append(codec, vectors, store):
+        assert store.length == 0
+        for name, rows in codec.encode(vectors).items():
+            store.buffers[name][:, :, : vectors.shape[2]] = rows
+        said.append((codec, vectors.shape[2]))
+
+    def logits(given):
+        with torch.no_grad(), _attention(model):
+            return model(ids, past_key_values=_teacher_cache(model, given), use_cache=True).logits
+
+    groups = {
+        index: tuple(replace(group, backend=replace(group.backend, append=append)) for group in codecs.groups)
+        for index, codecs in layers.items()
+    }
+    other = {index: replace(codecs, groups=groups[index]) for index, codecs in layers.items()}
+    assert torch.equal(logits(other), logits(layers))
+    assert said == [
+        (codec, 40 - 1 - 7) for index in groups for group in groups[index] for codec in (group.key, group.value)
+    ]
 
 
 def test_a_lossless_codec_loses_nothing():

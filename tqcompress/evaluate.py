@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import attention
+from .codec import Codec
 from .compression import Compression
 from .errors import ModelError, TQCompressError
 from .plan import SIDES, Plan, packed_tokens
 from .prefix import Prefix
+from .store import TokenStore
 from .view import KVView, LayerCodecs, take_heads
 
 if TYPE_CHECKING:
@@ -241,6 +243,18 @@ class _TeacherLayer(DynamicLayer):
         return view, view
 
 
+def _packed(
+    codec: Codec, append: Callable[[Codec, Tensor, TokenStore], None] | None, vectors: Tensor
+) -> dict[str, Tensor]:
+    """The rows that a cache stores for `[1, kv_heads, tokens, head_dim]`, made by what the backend has for it."""
+    if append is None:
+        return codec.encode(vectors)
+    store = TokenStore(codec.layout(), *vectors.shape[:2], vectors.device, vectors.shape[2])
+    append(codec, vectors, store)
+    store.length += vectors.shape[2]
+    return store.read()
+
+
 class _TeacherView(KVView):
     """Exact and decoded keys and values `[1, kv_heads, tokens, head_dim]` of a window."""
 
@@ -253,8 +267,8 @@ class _TeacherView(KVView):
             for codec, states, out in zip((group.key, group.value), (keys, values), self.decoded, strict=True):
                 if count:
                     old = take_heads(states, group).narrow(2, codecs.sinks, count)
-                    decoded = codec.to(states.device).decode(codec.encode(old))
-                    out[:, list(group.heads), codecs.sinks : codecs.sinks + count] = decoded
+                    rows = _packed(codec.to(states.device), group.backend.append, old)
+                    out[:, list(group.heads), codecs.sinks : codecs.sinks + count] = codec.decode(rows)
 
     def losses(self) -> Tensor | None:
         """`[2, 2, kv_heads]`, as in `Losses`; None if nothing is packed."""
