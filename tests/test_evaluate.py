@@ -9,8 +9,9 @@ from tiny import tiny_model
 
 import tqcompress
 from tqcompress import TQCompressError, api
-from tqcompress.evaluate import HeadMap, Quality, _attention, _teacher_cache, evaluate, passes
+from tqcompress.evaluate import HeadMap, Quality, _attention, evaluate, passes
 from tqcompress.report import pareto_front
+from tqcompress.teacher import teacher_cache
 
 KEEP = {"sinks": 2, "window": 5}
 RECIPES = {
@@ -45,7 +46,7 @@ LOSSLESS = {"version": 1, "keep": KEEP, "quantizer": "exact", "key": {"bits": 32
 def logits_at_once(model, recipe, ids):
     compression = api.plan_compression(model, recipe)
     with torch.no_grad(), _attention(model):
-        return model(ids, past_key_values=_teacher_cache(model, compression.layers), use_cache=True).logits
+        return model(ids, past_key_values=teacher_cache(model, compression.layers), use_cache=True).logits
 
 
 def logits_token_by_token(model, recipe, ids):
@@ -88,7 +89,7 @@ def test_what_is_stored_is_made_by_the_backend():
 
     def logits(given):
         with torch.no_grad(), _attention(model):
-            return model(ids, past_key_values=_teacher_cache(model, given), use_cache=True).logits
+            return model(ids, past_key_values=teacher_cache(model, given), use_cache=True).logits
 
     groups = {
         index: tuple(replace(group, backend=replace(group.backend, append=append)) for group in codecs.groups)

@@ -11,8 +11,7 @@ better one is kept.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .compression import Compression
 from .errors import RecipeError, TQCompressError
-from .evaluate import divergences
-from .plan import EXACT, SIDES, Group, Plan, Side
+from .evaluate import Candidate, divergences
+from .plan import SIDES, Plan, Slot
 from .recipe import Budget, Recipe
 from .resolve import Allocated
 from .view import LayerCodecs
@@ -31,7 +30,6 @@ from .view import LayerCodecs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Slot = tuple[int, int, Side]  # layer, KV head, side
 Bits = dict[Slot, float]
 PARTS = ("layers", "heads", "sides")  # of a slot, in order
 HELD_OUT = 4  # windows that decide what is kept: their passes are few beside those that measure sensitivities
@@ -183,12 +181,12 @@ def sensitivities(
 
     `step` is called after every pass, one for each window and one more for each unit and choice.
     """
-    plans = {choice: plan_of(lambda *slot, bits=choice: bits) for choice in choices}
+    built = [build(plan_of(lambda *slot, bits=choice: bits)).layers for choice in choices]
 
-    def layers_of(unit: list[Slot], choice: float) -> dict[int, LayerCodecs]:
-        return build(alone(plans[choice], unit)).layers
+    def alone(unit: list[Slot], layers: dict[int, LayerCodecs]) -> Candidate:
+        return Candidate(lambda: layers, frozenset(unit))
 
-    found = divergences(model, windows, [partial(layers_of, *pair) for pair in product(groups, choices)], step)
+    found = divergences(model, windows, [alone(*pair) for pair in product(groups, built)], step)
     return np.array(found).reshape(len(groups), len(choices))
 
 
@@ -224,22 +222,21 @@ def allocate(
         done += 1
         progress(done, max(total, done))
 
-    def layers_of(bits: Bits) -> dict[int, LayerCodecs]:
-        return build(plan_of(_answer(bits))).layers
+    def candidate(bits: Bits) -> Candidate:
+        return Candidate(lambda: build(plan_of(_answer(bits))).layers)
 
     training = model.training
     model.eval()
     try:
         progress(done, total)
-        kls = divergences(model, [search], [partial(layers_of, bits) for bits in pairs.values()], step)
+        kls = divergences(model, [search], [candidate(bits) for bits in pairs.values()], step)
         pair = min(zip(kls, pairs, strict=True))[1]
         losses = sensitivities(model, [search], groups, sizes.choices, plan_of, build, step)
         cost = np.array([[sum(sizes.of[slot][c] for slot in unit) for c in sizes.choices] for unit in groups])
         chosen = solve(losses, cost, sizes.room)
         allocated = {s: sizes.choices[i] for unit, i in zip(groups, chosen, strict=True) for s in unit}
         uniform = sizes.filled(pairs[pair])
-        both = [partial(layers_of, bits) for bits in (allocated, uniform)]
-        allocated_kl, uniform_kl = divergences(model, held_out, both, step)
+        allocated_kl, uniform_kl = divergences(model, held_out, [*map(candidate, (allocated, uniform))], step)
     finally:
         model.train(training)
     name = f"{pair[0]:g}-bit keys, {pair[1]:g}-bit values" + (
@@ -252,19 +249,6 @@ def allocate(
 
 def _answer(bits: Bits) -> Allocated:
     return lambda *slot: bits[slot]
-
-
-def alone(plan: Plan, unit: list[Slot]) -> Plan:
-    """The plan with everything exact but the slots of a unit."""
-    slots = set(unit)
-    groups = defaultdict(list)
-    for group in plan.groups:
-        for head in group.heads:
-            if any((group.layer, head, side) in slots for side in SIDES):
-                key, value = (getattr(group, side) if (group.layer, head, side) in slots else EXACT for side in SIDES)
-                groups[group.layer, key, value].append(head)
-    found = tuple(Group(layer, tuple(heads), key, value) for (layer, key, value), heads in groups.items())
-    return replace(plan, groups=found)
 
 
 def _pieces(windows: list[torch.Tensor], budget: Budget, plan: Plan, source: str) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from .shape import ModelShape
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, ...] = ("key", "value")
-EXACT = TensorSpec("exact", 32)  # wide enough for any dtype; stored in the model's own
+Slot = tuple[int, int, Side]  # layer, KV head, side
 
 
 @dataclass(frozen=True)

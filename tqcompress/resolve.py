@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from .codec import HeadShape, TensorSpec
 from .errors import RecipeError
-from .plan import EXACT, SIDES, Group, Plan, footprint
+from .plan import SIDES, Group, Plan, footprint
 from .plan import Side as SideName
 from .recipe import Recipe, Rule, Side
 from .registry import plugins
@@ -125,11 +125,12 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None, alloca
         if len(skips) == len(pairs):
             exact[index] = f"skipped by {skips[-1]}"
             continue
+        raw = TensorSpec("exact", 32)  # wide enough for any dtype; stored in the model's own
         merged: dict[tuple[TensorSpec, ...], list[int]] = defaultdict(
             list
         )  # two rules that skip heads make one exact group
         for pair, members in pairs.items():
-            merged[(EXACT, EXACT) if isinstance(pair, str) else pair] += members
+            merged[(raw, raw) if isinstance(pair, str) else pair] += members
         groups += [Group(index, tuple(sorted(members)), *pair) for pair, members in merged.items()]
     return Plan(model, tuple(groups), recipe.keep.sinks, recipe.keep.window, exact)
 
