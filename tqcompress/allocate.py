@@ -1,12 +1,13 @@
 """Allocation: bits for each layer, KV head and side under a budget, from what each of them does to predictions.
 
-What a recipe with a `budget` gives no bits is split into units, as `over` says. Around a uniform setting within the
-budget each unit in turn gets each of the `choices`, and the change of the KL divergence against the uncompressed model
-is measured, with the recipe's own quantizers and exact tokens, as `evaluate` measures it. (The error of a layer's
-attention output is cheaper to measure, and ranks layers wrongly.) The changes are taken to add up; the choice for each
-unit that makes their sum least is then a multiple-choice knapsack problem, solved exactly as an integer program. They
-add up only nearly, so the result is measured against the uniform setting of the same size on other text, and the
-better one is kept.
+What a recipe with a `budget` gives no bits is split into units, as `over` says. Each unit in turn gets each of the
+`choices` while all else is exact, and the KL divergence from the uncompressed model is measured, with the recipe's own
+quantizers and exact tokens, as `evaluate` measures it. (The error of a layer's attention output is cheaper to measure,
+and ranks layers wrongly. Units measured amid the noise of all others, which turns out anew with every change, drown in
+it.) A divergence grows with the square of what disturbs it, so those of independent noises are taken to add up; the
+choice for each unit that makes their sum least is then a multiple-choice knapsack problem, solved exactly as an integer
+program. They add up only nearly, so the result is measured against the uniform setting of the same size on other text,
+and the better one is kept.
 """
 
 from collections import defaultdict

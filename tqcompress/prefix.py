@@ -22,7 +22,7 @@ class Prefix:
     """What the layers of a decoder returned in one pass, for later passes over the same tokens.
 
     Memory: one hidden state `[batch, tokens, hidden_size]` a layer. Where layers cannot be told apart, or share what
-    they cache, every pass is whole; that is logged once.
+    they cache, every pass is whole, which is logged.
     """
 
     def __init__(self, model: "PreTrainedModel", layers: int):
