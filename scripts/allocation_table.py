@@ -6,7 +6,8 @@
 The pipeline is that of docs/quality.md. Statistics are taken from 65,536 tokens of `wikitext-validation` (or read from
 `--statistics`, made with the same number), sensitivities from the first `--tokens` of a window that these leave; one
 measurement for each kind of unit serves all budgets. A budget is in bits of a stored coordinate in the long run, scales
-included. A bf16 model rounds more than a head's noise: give `--dtype float32`. Runs without installing anything.
+included. A model in bf16 rounds more than most units disturb: give `--dtype float32`. Runs without installing
+anything.
 """
 
 import argparse

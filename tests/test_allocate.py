@@ -345,6 +345,18 @@ def test_saved_bits_are_loaded_without_measuring(tmp_path, monkeypatch, capsys):
     assert f"mine: {outcome}" in printed and f"{plan.groups[0].key.bits:g} bit" in printed
 
 
+def test_a_model_that_rounds_too_much_is_warned_of_and_takes_bits_measured_in_float32(tmp_path, caplog):
+    model = tiny_model("llama")
+    plan = tqcompress.apply(model, RECIPE, tokenizer=letters)
+    assert "measure the model in float32" not in caplog.text
+    tqcompress.save(model, tmp_path, weights=True)
+    other = tiny_model("llama").to(torch.bfloat16)
+    assert tqcompress.load(other, tmp_path).groups == plan.groups
+    other.generate(prompt(20), max_new_tokens=2, do_sample=False)
+    tqcompress.apply(other, RECIPE, tokenizer=letters)
+    assert "mine: budget: torch.bfloat16 rounds more than most units disturb; measure the model in float" in caplog.text
+
+
 def test_the_same_budget_gives_the_same_plan():
     first, second = (compress(tiny_model("llama"), RECIPE) for _ in range(2))
     assert first.plan == second.plan and first.allocation == second.allocation

@@ -10,6 +10,7 @@ program. They add up only nearly, so the result is measured against the uniform 
 and the better one is kept.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from .view import LayerCodecs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("tqcompress")
 
 Bits = dict[Slot, float]
 PARTS = ("layers", "heads", "sides")  # of a slot, in order
@@ -213,6 +216,12 @@ def allocate(
     """
     budget: Budget = recipe.budget  # type: ignore[assignment]  # or this is not called
     sizes = Sizes(budget, plan_of, source)
+    if model.dtype.itemsize < 4:
+        log.warning(
+            "%s: budget: %s rounds more than most units disturb; measure the model in float32, save, and load that",
+            source,
+            model.dtype,
+        )
     groups = units(sizes.of, budget.over)
     pairs = sizes.uniform()
     search, *held_out = _pieces(windows(), budget, plan_of(_answer(next(iter(pairs.values())))), source)
