@@ -145,6 +145,7 @@ def test_given_bits_stay_and_count():
         ({}, {"bits": 5.5}, "mine: budget.bits: found 5.5; the most that budget.choices can use is 5.000"),
         ({}, {"choices": [2, 9]}, "mine: budget.choices: found 9; turboquant supports 1, 2, 3, 4, 5, 6, 7, 8"),
         ({"quantizer": "fp8"}, {}, "mine: budget.choices: found 1; fp8 supports 8"),
+        ({"quantizer": "trellis"}, {"choices": [2, 2.5]}, "budget.choices: found 2.5; trellis supports 1, 2, 3, 4"),
         ({"key": {"bits": 2}, "value": {"bits": 2}}, {}, "mine: budget: all bits are given; leave out"),
         ({"rules": [{"key": {"bits": 8}}]}, {"bits": 4}, "found 4; the least that budget.choices allow is 5.500"),
         ({}, {"choices": [2]}, "recipe: budget.choices: found [2]; allowed: List should have at least 2 items"),
@@ -193,13 +194,16 @@ def pieces(model, given: dict) -> list[torch.Tensor]:
     return [window[: given["budget"]["tokens"]] for window in windows[: 1 + allocate.HELD_OUT]]
 
 
-def kl_of(model, ids, bits: dict, **changes) -> float:
-    """By `evaluate`, of a recipe whose rules give every layer its bits of keys and values."""
-    rules = [{"layers": layer, "key": {"bits": k}, "value": {"bits": v}} for layer, (k, v) in bits.items()]
-    keys = ("version", "key", "value", "keep")
-    plain = {key: RECIPE[key] for key in keys} | changes | {"rules": rules}
+def kl_of(model, ids, rules: list[dict]) -> float:
+    """By `evaluate`, of a recipe whose rules give everything its bits."""
+    plain = {key: RECIPE[key] for key in ("version", "key", "value", "keep")} | {"rules": rules}
     (quality,) = evaluate(model, ids, {"r": api.plan_compression(model, plain)}, RECIPE["budget"]["tokens"])
     return quality.kl_mean
+
+
+def by_layer(bits: dict) -> list[dict]:
+    """Rules that give every layer its bits of keys and values."""
+    return [{"layers": layer, "key": {"bits": k}, "value": {"bits": v}} for layer, (k, v) in bits.items()]
 
 
 def test_windows_are_of_text_that_statistics_are_not_taken_from():
@@ -213,24 +217,28 @@ def test_windows_are_of_text_that_statistics_are_not_taken_from():
     assert not any(torch.equal(a, b) for a in used for b in left)
 
 
-def test_sensitivities_are_changes_of_the_kl_that_evaluate_measures(monkeypatch):
+EXACT = {"quantizer": "exact", "bits": 32}
+
+
+@pytest.mark.parametrize("over", [["layers", "sides"], ["layers", "heads", "sides"]])
+def test_sensitivities_are_what_evaluate_measures_with_all_else_exact(monkeypatch, over):
     model, seen = tiny_model("llama"), []
     monkeypatch.setattr(allocate, "solve", lambda *given: seen.append(given) or solve(*given))
-    compress(model, RECIPE)
+    given = recipe(over=over)
+    compress(model, given)
     ((losses, sizes, room),) = seen
-    assert losses.shape == sizes.shape == (6, 3)
-    ids = pieces(model, RECIPE)[0]
-    base = min(
-        ((k, v) for k, v in [(2, 2), (4, 1), (1, 4)]), key=lambda b: kl_of(model, ids, dict.fromkeys(range(3), b))
-    )
-    kl = kl_of(model, ids, dict.fromkeys(range(3), base))
-    for row, (layer, side) in enumerate(product(range(3), (0, 1))):
+    heads = (0, 1) if "heads" in over else ([0, 1],)
+    assert losses.shape == sizes.shape == (6 * len(heads), 3)
+    ids = pieces(model, given)[0]
+    rest = {"key": EXACT, "value": EXACT}
+    for row, (layer, head, side) in enumerate(product(range(3), heads, ("key", "value"))):
         for column, choice in enumerate((1, 2, 4)):
-            bits = dict.fromkeys(range(3), base) | {layer: tuple(choice if i == side else base[i] for i in (0, 1))}
-            # The same float32 arithmetic: only codecs that are the same in both are built apart.
-            assert losses[row, column] == pytest.approx(kl_of(model, ids, bits) - kl, abs=1e-9)
-    assert np.count_nonzero(losses) == 6 * 2, "the base itself changes nothing"
-    assert sizes[0].tolist() == [2 * 16 * (b + SCALE) for b in (1, 2, 4)]
+            own = {side: {"quantizer": "turboquant", "bits": choice} | RECIPE[side]}
+            rules = [rest, {"layers": layer, "heads": head} | own]
+            # The same float32 arithmetic, but for what is exact and goes another way.
+            assert losses[row, column] == pytest.approx(kl_of(model, ids, rules), rel=1e-3, abs=1e-6)
+    assert (losses > 1e-4).all()
+    assert sizes[0].tolist() == [2 / len(heads) * 16 * (b + SCALE) for b in (1, 2, 4)]
     assert room == 3 * 2 * 2 * 16 * (2.5 + SCALE)
 
 
@@ -245,7 +253,9 @@ def test_both_settings_are_measured_on_the_same_held_out_text():
     }
     used = outcome.allocated_kl if outcome.kept else outcome.uniform_kl
     assert (
-        used == min(outcome.allocated_kl, outcome.uniform_kl) == pytest.approx(kl_of(model, held_out, table), abs=1e-9)
+        used
+        == min(outcome.allocated_kl, outcome.uniform_kl)
+        == pytest.approx(kl_of(model, held_out, by_layer(table)), abs=1e-9)
     )
     assert plan.format_bits() == (outcome.allocated_bits if outcome.kept else outcome.uniform_bits) <= 2.5 + SCALE
 
@@ -333,6 +343,18 @@ def test_saved_bits_are_loaded_without_measuring(tmp_path, monkeypatch, capsys):
         main(["inspect", str(tmp_path)])
     printed = " ".join(capsys.readouterr().out.split())
     assert f"mine: {outcome}" in printed and f"{plan.groups[0].key.bits:g} bit" in printed
+
+
+def test_a_model_that_rounds_too_much_is_warned_of_and_takes_bits_measured_in_float32(tmp_path, caplog):
+    model = tiny_model("llama")
+    plan = tqcompress.apply(model, RECIPE, tokenizer=letters)
+    assert "measure the model in float32" not in caplog.text
+    tqcompress.save(model, tmp_path, weights=True)
+    other = tiny_model("llama").to(torch.bfloat16)
+    assert tqcompress.load(other, tmp_path).groups == plan.groups
+    other.generate(prompt(20), max_new_tokens=2, do_sample=False)
+    tqcompress.apply(other, RECIPE, tokenizer=letters)
+    assert "mine: budget: torch.bfloat16 rounds more than most units disturb; measure the model in float" in caplog.text
 
 
 def test_the_same_budget_gives_the_same_plan():

@@ -1,6 +1,7 @@
 """The evaluation must say what generation really loses: it is checked against the real cache, token by token."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from tiny import tiny_model
 
 import tqcompress
 from tqcompress import TQCompressError, api
-from tqcompress.evaluate import HeadMap, Quality, _attention, _teacher_cache, evaluate, passes
+from tqcompress.evaluate import HeadMap, Quality, _attention, evaluate, passes
 from tqcompress.report import pareto_front
+from tqcompress.teacher import teacher_cache
 
 KEEP = {"sinks": 2, "window": 5}
 RECIPES = {
@@ -28,6 +30,14 @@ RECIPES = {
         "key": {"bits": 2, "group": 8},
         "value": {"bits": 2, "group": 8},
     },
+    "trellis-heads": {
+        "version": 1,
+        "keep": KEEP,
+        "quantizer": "trellis",
+        "key": {"bits": 2, "states": 16},
+        "value": {"bits": 2, "states": 16},
+        "rules": [{"heads": 1, "key": {"bits": 3}}, {"layers": 1, "heads": 0, "value": {"bits": 4}}],
+    },
     "no-window": {"version": 1, "keep": {"sinks": 0, "window": 0}, "key": {"bits": 3}, "value": {"bits": 3}},
 }
 LOSSLESS = {"version": 1, "keep": KEEP, "quantizer": "exact", "key": {"bits": 32}, "value": {"bits": 32}}
@@ -36,7 +46,7 @@ LOSSLESS = {"version": 1, "keep": KEEP, "quantizer": "exact", "key": {"bits": 32
 def logits_at_once(model, recipe, ids):
     compression = api.plan_compression(model, recipe)
     with torch.no_grad(), _attention(model):
-        return model(ids, past_key_values=_teacher_cache(model, compression.layers), use_cache=True).logits
+        return model(ids, past_key_values=teacher_cache(model, compression.layers), use_cache=True).logits
 
 
 def logits_token_by_token(model, recipe, ids):
@@ -64,6 +74,32 @@ def test_one_pass_equals_feeding_the_real_cache_token_by_token(architecture, nam
     allowed = 1e-4 * plain.abs().max()
     assert (once - stepwise).abs().max() < allowed
     assert loss > 10 * allowed, "the codec must have an effect, or the test shows nothing"
+
+
+def test_what_is_stored_is_made_by_the_backend():
+    model, said = tiny_model("llama"), []
+    layers = api.plan_compression(model, RECIPES["groups"]).layers
+    ids = torch.randint(0, model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def append(codec, vectors, store):
+        assert store.length == 0
+        for name, rows in codec.encode(vectors).items():
+            store.buffers[name][:, :, : vectors.shape[2]] = rows
+        said.append((codec, vectors.shape[2]))
+
+    def logits(given):
+        with torch.no_grad(), _attention(model):
+            return model(ids, past_key_values=teacher_cache(model, given), use_cache=True).logits
+
+    groups = {
+        index: tuple(replace(group, backend=replace(group.backend, append=append)) for group in codecs.groups)
+        for index, codecs in layers.items()
+    }
+    other = {index: replace(codecs, groups=groups[index]) for index, codecs in layers.items()}
+    assert torch.equal(logits(other), logits(layers))
+    assert said == [
+        (codec, 40 - 1 - 7) for index in groups for group in groups[index] for codec in (group.key, group.value)
+    ]
 
 
 def test_a_lossless_codec_loses_nothing():

@@ -11,10 +11,11 @@ import tqcompress
 from tqcompress import api
 from tqcompress.cli import main
 from tqcompress.errors import TQCompressError
-from tqcompress.evaluate import _attention, _teacher_cache
+from tqcompress.evaluate import _attention
 from tqcompress.models import load_model
 from tqcompress.needle import retrieve
 from tqcompress.records import read
+from tqcompress.teacher import teacher_cache
 from tqcompress.texts import load_text
 
 LOSSLESS = {"version": 1, "quantizer": "exact", "key": {"bits": 32}, "value": {"bits": 32}, "keep": {"window": 16}}
@@ -72,7 +73,7 @@ def test_evaluation_equals_the_real_cache_token_by_token(smollm, ids):
     ids = ids[:, :48]
     with torch.no_grad(), _attention(model):
         layers = api.plan_compression(model, recipe).layers
-        once = model(ids, past_key_values=_teacher_cache(model, layers)).logits
+        once = model(ids, past_key_values=teacher_cache(model, layers)).logits
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
         tqcompress.apply(model, recipe)

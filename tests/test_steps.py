@@ -14,7 +14,7 @@ from tqcompress.plugins import fused
 from transformers import DynamicCache, StaticCache
 
 import tqcompress
-from tqcompress import ModelError
+from tqcompress import Backend, ModelError, blockwise
 from tqcompress.ring import BLOCK, RingLayer
 from tqcompress_kernels import plain, ring
 
@@ -161,6 +161,41 @@ def test_heads_with_their_own_settings():
     assert close(runs[0], runs[1])
     tqcompress.remove(model)
     assert close(runs[0], model(ids.to(DEVICE), use_cache=False).logits)
+
+
+def test_trellis_heads_with_their_own_bits():
+    """Every head's keys and values are in its rows, at its bits, and kernels read what the codecs decode."""
+    side = {"quantizer": "trellis", "states": 16, "bits": 2}
+    rules = [{"heads": [0, 2], "key": {"bits": 4}}, {"heads": 1, "value": {"bits": 3}}]
+    recipe = {"version": 1, "key": side, "value": side, "keep": {"sinks": 1, "window": 2}, "rules": rules}
+    model = compressed(recipe=recipe, num_attention_heads=6, num_key_value_heads=3)
+    ids, cache, exact = prompt(138), make_cache("growing", model, 0), make_cache("growing", model, 0)
+    steps(model, cache, ids, prefill=136)
+    layer, scaling = cache.layers[0], 0.25
+    query = torch.randn(1, 6, 1, layer.codecs.head_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    step = layer.attend(None, query, None, scaling, None)
+    layer.leave()
+    view = layer._view()
+    several = view.attend(query, None, scaling, None)
+    assert [group.codecs.heads for group in view.groups] == [(0, 2), (1,)] and view.groups[0].packed > 64
+    tqcompress.remove(model)
+    model(ids.to(DEVICE), past_key_values=exact)
+    for name, states, bits in (("key", exact.layers[0].keys, (4, 2, 4)), ("value", exact.layers[0].values, (2, 3, 2))):
+        for group in view.groups:
+            want = states[:, list(group.codecs.heads), 1 : 1 + group.packed]
+            decoded = getattr(group.codecs, name).decode(getattr(group, name).read())
+            errors = (decoded - want).square().sum((0, 2, 3)) / want.square().sum((0, 2, 3))
+            for head, error in zip(group.codecs.heads, errors.tolist(), strict=True):
+                # .091, .028 and .0094 for long Gaussian vectors; of 16 coordinates the ends meet too soon.
+                least, most = {2: (0.05, 0.15), 3: (0.015, 0.05), 4: (0.005, 0.015)}[bits[head]]
+                assert least < error < most
+    for group in view.groups:
+        group.codecs.__dict__["backend"] = Backend("torch", blockwise.attend, "")
+    want, want_lse = view.attend(query, None, scaling, None)
+    for got, lse in (step, several):
+        # fp16 operands round by 2^-11.
+        assert (got - want).norm() < 1e-3 * want.norm()
+        assert (lse - want_lse).abs().max() < 2e-3
 
 
 def test_a_fixed_cache_that_is_full_says_so():

@@ -1,18 +1,19 @@
 """Allocation: bits for each layer, KV head and side under a budget, from what each of them does to predictions.
 
-What a recipe with a `budget` gives no bits is split into units, as `over` says. Around a uniform setting within the
-budget each unit in turn gets each of the `choices`, and the change of the KL divergence against the uncompressed model
-is measured, with the recipe's own quantizers and exact tokens, as `evaluate` measures it. (The error of a layer's
-attention output is cheaper to measure, and ranks layers wrongly.) The changes are taken to add up; the choice for each
-unit that makes their sum least is then a multiple-choice knapsack problem, solved exactly as an integer program. They
-add up only nearly, so the result is measured against the uniform setting of the same size on other text, and the
-better one is kept.
+What a recipe with a `budget` gives no bits is split into units, as `over` says. Each unit in turn gets each of the
+`choices` while all else is exact, and the KL divergence from the uncompressed model is measured, with the recipe's own
+quantizers and exact tokens, as `evaluate` measures it. (The error of a layer's attention output is cheaper to measure,
+and ranks layers wrongly. Units measured amid the noise of all others, which turns out anew with every change, drown in
+it.) A divergence grows with the square of what disturbs it, so those of independent noises are taken to add up; the
+choice for each unit that makes their sum least is then a multiple-choice knapsack problem, solved exactly as an integer
+program. They add up only nearly, so the result is measured against the uniform setting of the same size on other text,
+and the better one is kept.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .compression import Compression
 from .errors import RecipeError, TQCompressError
-from .evaluate import divergences
-from .plan import SIDES, Plan, Side
+from .evaluate import Candidate, divergences
+from .plan import SIDES, Plan, Slot
 from .recipe import Budget, Recipe
 from .resolve import Allocated
 from .view import LayerCodecs
@@ -31,7 +32,8 @@ from .view import LayerCodecs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Slot = tuple[int, int, Side]  # layer, KV head, side
+log = logging.getLogger("tqcompress")
+
 Bits = dict[Slot, float]
 PARTS = ("layers", "heads", "sides")  # of a slot, in order
 HELD_OUT = 4  # windows that decide what is kept: their passes are few beside those that measure sensitivities
@@ -170,6 +172,28 @@ def solve(losses: np.ndarray, sizes: np.ndarray, room: float) -> list[int]:
     return chosen
 
 
+def sensitivities(
+    model: "PreTrainedModel",
+    windows: Sequence[torch.Tensor],
+    groups: list[list[Slot]],
+    choices: Sequence[float],
+    plan_of: Callable[[Allocated], Plan],
+    build: Callable[[Plan], Compression],
+    step: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """The KL on windows of token ids `[tokens]` when a unit alone is compressed, with each choice: `[units, choices]`.
+
+    `step` is called after every pass, one for each window and one more for each unit and choice.
+    """
+    built = [build(plan_of(lambda *slot, bits=choice: bits)).layers for choice in choices]
+
+    def alone(unit: list[Slot], layers: dict[int, LayerCodecs]) -> Candidate:
+        return Candidate(lambda: layers, frozenset(unit))
+
+    found = divergences(model, windows, [alone(*pair) for pair in product(groups, built)], step)
+    return np.array(found).reshape(len(groups), len(choices))
+
+
 def allocate(
     model: "PreTrainedModel",
     recipe: Recipe,
@@ -192,38 +216,41 @@ def allocate(
     """
     budget: Budget = recipe.budget  # type: ignore[assignment]  # or this is not called
     sizes = Sizes(budget, plan_of, source)
+    if model.dtype.itemsize < 4:
+        log.warning(
+            "%s: budget: %s rounds more than most units disturb; measure the model in float32, save, and load that",
+            source,
+            model.dtype,
+        )
     groups = units(sizes.of, budget.over)
     pairs = sizes.uniform()
     search, *held_out = _pieces(windows(), budget, plan_of(_answer(next(iter(pairs.values())))), source)
-    alone = sum(1 for _ in _changes(groups, sizes.choices, next(iter(pairs.values()))))
-    done, total = 0, 2 + len(pairs) + alone + 3 * len(held_out)
+    done, total = 0, 2 + len(pairs) + len(groups) * len(sizes.choices) + 3 * len(held_out)
 
     def step() -> None:
         nonlocal done
         done += 1
         progress(done, max(total, done))
 
-    def layers_of(bits: Bits) -> dict[int, LayerCodecs]:
-        return build(plan_of(_answer(bits))).layers
+    def candidate(bits: Bits) -> Candidate:
+        return Candidate(lambda: build(plan_of(_answer(bits))).layers)
 
     training = model.training
     model.eval()
     try:
         progress(done, total)
-        kls = divergences(model, [search], [partial(layers_of, bits) for bits in pairs.values()], step)
-        kl, pair = min(zip(kls, pairs, strict=True))
-        base = pairs[pair]
-        losses = _sensitivities(model, search, groups, sizes.choices, base, kl, plan_of, build, step)
+        kls = divergences(model, [search], [candidate(bits) for bits in pairs.values()], step)
+        pair = min(zip(kls, pairs, strict=True))[1]
+        losses = sensitivities(model, [search], groups, sizes.choices, plan_of, build, step)
         cost = np.array([[sum(sizes.of[slot][c] for slot in unit) for c in sizes.choices] for unit in groups])
         chosen = solve(losses, cost, sizes.room)
         allocated = {s: sizes.choices[i] for unit, i in zip(groups, chosen, strict=True) for s in unit}
-        uniform = sizes.filled(base)
-        both = [partial(layers_of, bits) for bits in (allocated, uniform)]
-        allocated_kl, uniform_kl = divergences(model, held_out, both, step)
+        uniform = sizes.filled(pairs[pair])
+        allocated_kl, uniform_kl = divergences(model, held_out, [*map(candidate, (allocated, uniform))], step)
     finally:
         model.train(training)
     name = f"{pair[0]:g}-bit keys, {pair[1]:g}-bit values" + (
-        ", the rest of the bits spread evenly" * (uniform != base)
+        ", the rest of the bits spread evenly" * (uniform != pairs[pair])
     )
     bits = (sizes.mean(allocated), allocated_kl, sizes.mean(uniform), uniform_kl)
     outcome = Allocation(budget.bits, *bits, name, sum(map(len, held_out)))
@@ -232,46 +259,6 @@ def allocate(
 
 def _answer(bits: Bits) -> Allocated:
     return lambda *slot: bits[slot]
-
-
-def _changes(groups: list[list[Slot]], choices: list[float], base: Bits) -> Iterable[tuple[int, int, Bits]]:
-    """Each unit and choice by their places, with the bits in which that unit alone is not as in `base`."""
-    for row, unit in enumerate(groups):
-        for column, choice in enumerate(choices):
-            if any(base[slot] != choice for slot in unit):
-                yield row, column, base | dict.fromkeys(unit, choice)
-
-
-def _sensitivities(
-    model: "PreTrainedModel",
-    window: torch.Tensor,
-    groups: list[list[Slot]],
-    choices: list[float],
-    base: Bits,
-    kl: float,
-    plan_of: Callable[[Allocated], Plan],
-    build: Callable[[Plan], Compression],
-    step: Callable[[], None],
-) -> np.ndarray:
-    """The change of `kl` when a unit alone gets a choice: `[units, choices]`, 0 where it changes nothing."""
-    plan = plan_of(_answer(base))
-    layers = build(plan).layers
-
-    def changed(bits: Bits) -> dict[int, LayerCodecs]:
-        other = plan_of(_answer(bits))
-        new = tuple(group for group in other.groups if group not in plan.groups)
-        touched = {group.layer for group in new}  # only their codecs are built anew
-        if not touched:
-            return layers
-        part = replace(other, groups=tuple(group for group in other.groups if group.layer in touched))
-        return layers | build(part).layers
-
-    wanted = list(_changes(groups, choices, base))
-    found = divergences(model, [window], [partial(changed, bits) for _, _, bits in wanted], step)
-    losses = np.zeros((len(groups), len(choices)))
-    for (row, column, _), value in zip(wanted, found, strict=True):
-        losses[row, column] = value - kl
-    return losses
 
 
 def _pieces(windows: list[torch.Tensor], budget: Budget, plan: Plan, source: str) -> list[torch.Tensor]:

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from . import attention
 from .compression import Compression
-from .errors import ModelError, TQCompressError
-from .plan import SIDES, Plan, packed_tokens
-from .view import KVView, LayerCodecs, take_heads
+from .errors import TQCompressError
+from .plan import SIDES, Plan, Slot
+from .prefix import Prefix
+from .teacher import Losses, teacher_cache
+from .view import LayerCodecs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUERIES_AT_ONCE = 256  # bounds the score matrices of a window
 POSITIONS_AT_ONCE = 256  # bounds the log-probabilities compared at once
 
 
@@ -97,7 +98,7 @@ def evaluate(
             reference = model(batch, use_cache=False).logits[0, :-1]
             progress()
             for name, compression in compressions.items():
-                cache = _teacher_cache(model, compression.layers, losses[name])
+                cache = teacher_cache(model, compression.layers, losses[name])
                 logits = model(batch, past_key_values=cache, use_cache=True).logits[0, :-1]
                 tallies[name].add(reference, logits, targets)
                 progress()
@@ -110,27 +111,45 @@ def passes(tokens: int, window_tokens: int, compressions: int) -> int:
     return math.ceil(tokens / window_tokens) * (1 + compressions)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Compressed layers that `divergences` measures; with `only`, all but these slots of them is exact."""
+
+    build: Callable[[], dict[int, LayerCodecs]]  # called when its turn comes
+    only: frozenset[Slot] | None = None
+
+    def layers(self) -> dict[int, LayerCodecs]:
+        """Those that are not exact as a whole."""
+        layers = self.build()
+        return layers if self.only is None else {index: layers[index] for index in {slot[0] for slot in self.only}}
+
+
 @torch.no_grad()
 def divergences(
     model: "PreTrainedModel",
     windows: Sequence[Tensor],
-    candidates: Sequence[Callable[[], dict[int, LayerCodecs]]],
+    candidates: Sequence[Candidate],
     progress: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """The mean KL, as in `evaluate`, of each candidate on windows of token ids `[tokens]`.
 
-    A candidate is a function that builds the codecs of all compressed layers: one is held at a time. `progress` is
-    called after every forward pass, one for each window and one more for each of its candidates.
+    The pass of a candidate begins at its first compressed layer. `progress` is called after every pass, one for each
+    window and one more for each of its candidates.
     """
     tallies = [_Tally() for _ in candidates]
+    prefix = Prefix(model, len(DynamicCache(config=model.config).layers))
     with _attention(model):
         for window in windows:
             batch, targets = window.to(model.device)[None], window[1:].to(model.device)
-            reference = model(batch, use_cache=False).logits[0, :-1]
+            with prefix.recorded():
+                reference = model(batch, use_cache=False).logits[0, :-1]
             progress()
-            for tally, layers in zip(tallies, candidates, strict=True):
-                cache = _teacher_cache(model, layers())
-                tally.add(reference, model(batch, past_key_values=cache, use_cache=True).logits[0, :-1], targets)
+            for tally, candidate in zip(tallies, candidates, strict=True):
+                layers = candidate.layers()
+                cache = teacher_cache(model, layers, only=candidate.only)
+                with prefix.replayed(min(layers)):
+                    logits = model(batch, past_key_values=cache, use_cache=True).logits[0, :-1]
+                tally.add(reference, logits, targets)
                 progress()
     return [torch.cat(tally.kl).mean().item() for tally in tallies]
 
@@ -170,7 +189,7 @@ class _Tally:
             self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             self.kl.append((p.exp() * (p - q)).double().sum(-1).cpu())
 
-    def quality(self, name: str, compression: Compression, losses: "Losses", tokens: int, longest: int) -> Quality:
+    def quality(self, name: str, compression: Compression, losses: Losses, tokens: int, longest: int) -> Quality:
         """The means over all positions."""
         kl, plan = torch.cat(self.kl), compression.plan
         count = len(kl)
@@ -193,10 +212,6 @@ class _Tally:
         )
 
 
-# Of each compressed layer `[2, 2, kv_heads]`, float64: keys and values; |x - decoded|^2 and |x|^2 of all packed tokens.
-Losses = dict[int, Tensor]
-
-
 def _errors(plan: Plan, losses: Losses, side: int) -> list[list[float | None]]:
     """The relative error of each head of each layer: 0 where nothing is compressed."""
     table: list[list[float | None]] = []
@@ -209,87 +224,3 @@ def _errors(plan: Plan, losses: Losses, side: int) -> list[list[float | None]]:
             lost, total = losses[index][side]
             table.append((lost / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist())
     return table
-
-
-def _teacher_cache(model: "PreTrainedModel", layers: dict[int, LayerCodecs], losses: Losses | None = None) -> Cache:
-    """A cache for one forward pass over a whole window; what its codecs lose is added to `losses`."""
-    cache = DynamicCache(config=model.config)
-    for index, codecs in layers.items():
-        cache.layers[index] = _TeacherLayer(codecs, losses)
-    return cache
-
-
-class _TeacherLayer(DynamicLayer):
-    """Takes one window of tokens; its attention decodes, query by query, what the real cache would have packed."""
-
-    def __init__(self, codecs: LayerCodecs, losses: Losses | None):
-        super().__init__()
-        self.codecs, self.losses = codecs, losses
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[KVView, KVView]:
-        """See `_TeacherView`."""
-        view = _TeacherView(self.codecs, key_states, value_states)
-        if self.losses is not None and (lost := view.losses()) is not None:
-            self.losses[self.codecs.layer] = self.losses.get(self.codecs.layer, 0) + lost
-        return view, view
-
-
-class _TeacherView(KVView):
-    """Exact and decoded keys and values `[1, kv_heads, tokens, head_dim]` of a window."""
-
-    def __init__(self, codecs: LayerCodecs, keys: Tensor, values: Tensor):
-        super().__init__((), codecs.num_kv_heads)
-        self.codecs, self.exact = codecs, (keys.float(), values.float())
-        count = packed_tokens(keys.shape[2], codecs.sinks, codecs.window, codecs.block)
-        self.decoded = tuple(states.clone() for states in self.exact)
-        for group in codecs.groups:
-            for codec, states, out in zip((group.key, group.value), (keys, values), self.decoded, strict=True):
-                if count:
-                    old = take_heads(states, group).narrow(2, codecs.sinks, count)
-                    decoded = codec.to(states.device).decode(codec.encode(old))
-                    out[:, list(group.heads), codecs.sinks : codecs.sinks + count] = decoded
-
-    def losses(self) -> Tensor | None:
-        """`[2, 2, kv_heads]`, as in `Losses`; None if nothing is packed."""
-        count = packed_tokens(self.exact[0].shape[2], self.codecs.sinks, self.codecs.window, self.codecs.block)
-        if not count:
-            return None
-        rows = []
-        for pair in zip(self.exact, self.decoded, strict=True):
-            exact, decoded = (states.narrow(2, self.codecs.sinks, count) for states in pair)
-            rows += [(exact - decoded).square().sum((0, 2, 3)), exact.square().sum((0, 2, 3))]
-        lost: Tensor = torch.stack(rows).cpu().double().unflatten(0, (2, 2))
-        return lost
-
-    def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """As `KVView.attend`, for a whole causal window without padding."""
-        if mask is not None:
-            raise ModelError("evaluation reads one unpadded window at a time; it takes no attention mask")
-        parts = [
-            self._attend(query[:, :, start : start + QUERIES_AT_ONCE].float(), start, scaling, softcap)
-            for start in range(0, query.shape[2], QUERIES_AT_ONCE)
-        ]
-        return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
-
-    def _attend(self, query: Tensor, first: int, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-        queries = query.shape[2]
-        stop = first + queries
-        query = query.unflatten(1, (self.num_kv_heads, -1)).flatten(2, 3)
-        exact, decoded = ([s[:, :, :stop] for s in pair] for pair in (self.exact, self.decoded))
-        position = torch.arange(first, stop, device=query.device)[:, None]
-        token = torch.arange(stop, device=query.device)
-        c = self.codecs
-        counts = [packed_tokens(i + 1, c.sinks, c.window, c.block) for i in range(first, stop)]
-        packed = torch.tensor(counts, device=query.device)[:, None]
-        old = ((token >= c.sinks) & (token < c.sinks + packed)).repeat(query.shape[2] // queries, 1)
-        seen = (token <= position).repeat(query.shape[2] // queries, 1)
-        scores = torch.where(old, query @ decoded[0].transpose(-1, -2), query @ exact[0].transpose(-1, -2)) * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse.unsqueeze(-1)).exp()
-        output = weights.masked_fill(~old, 0) @ decoded[1] + weights.masked_fill(old, 0) @ exact[1]
-        return output.unflatten(2, (-1, queries)).flatten(1, 2), lse.unflatten(2, (-1, queries)).flatten(1, 2)

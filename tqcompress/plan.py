@@ -14,6 +14,7 @@ from .shape import ModelShape
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, ...] = ("key", "value")
+Slot = tuple[int, int, Side]  # layer, KV head, side
 
 
 @dataclass(frozen=True)
