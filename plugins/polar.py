@@ -25,6 +25,7 @@ class Polar(TransformedCodec):
 
     name = "polar"
     supported_bits = (1, 2, 3, 4)
+    not_in_onnx = {"encode": "ONNX has neither hypot nor atan2"}
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)

@@ -44,6 +44,7 @@ class Trellis(TransformedCodec):
 
     name = "trellis"
     supported_bits = (1, 2, 3, 4)
+    not_in_onnx = {"encode": "its search is a loop over all coordinates, in memory that it writes to"}
     Options = TrellisOptions
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):

@@ -25,6 +25,7 @@ from .calibrate import Statistics
 from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
+from .export.commands import app as export_app
 from .models import ALIASES, default_device, load_model, load_shape
 from .needle import retrieve
 from .recipe import Recipe, shipped_recipes
@@ -37,6 +38,7 @@ from .texts import SHIPPED, load_text
 from .version import __version__
 
 app = typer.Typer(pretty_exceptions_enable=False)
+app.add_typer(export_app, name="export")
 console = Console()
 
 RecipeArg = Annotated[str, typer.Argument(help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")]

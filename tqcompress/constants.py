@@ -1,9 +1,26 @@
 """Caching of constant tensors that code computes once for each size and device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 
 import torch
+
+_known: dict[tuple, object] | None = None  # while `kept_for_export` is open
+
+
+@contextmanager
+def kept_for_export() -> Iterator[None]:
+    """Code that was run in here before it is exported in here finds its constants: a graph then holds their numbers.
+
+    Otherwise it would hold the many operations that compute them.
+    """
+    global _known
+    _known = {}
+    try:
+        yield
+    finally:
+        _known = None
 
 
 def cached_constant(function: Callable) -> Callable:
@@ -20,6 +37,12 @@ def cached_constant(function: Callable) -> Callable:
 
     @wraps(function)
     def call(*args):
-        return function(*args) if torch.compiler.is_compiling() else build(*args)
+        if torch.compiler.is_compiling():
+            known = _known if _known is not None and torch.compiler.is_exporting() else {}
+            return known[function, args] if (function, args) in known else function(*args)
+        result = build(*args)
+        if _known is not None:
+            _known[function, args] = result
+        return result
 
     return call
