@@ -4,7 +4,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +11,7 @@ from rich.markup import escape
 from .. import api, session
 from ..artifacts import read
 from ..compression import Compression
-from ..errors import ModelError, TQCompressError
+from ..errors import ModelError
 from ..models import load_model
 from ..texts import load_text
 

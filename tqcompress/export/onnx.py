@@ -1,7 +1,7 @@
 """Export to ONNX: encode and decode graphs of every codec, and a step of the whole model.
 
 Standard operators of opset 18 only, with the sizes of batch and tokens left open. What torch's exporter lacks or
-exports badly is replaced before it sees it: `bucketize`, and the shifts of int32 numbers, which are those of uint32 as
+exports badly has translations of its own: `bucketize`, and the shifts of int32 numbers, which are those of uint32 as
 codes are never negative. Everything else of a codec is exported as it runs in torch.
 """
 
@@ -80,37 +80,37 @@ def to_onnx(module: nn.Module, inputs: tuple, open_axes: tuple, names: list[str]
         module(*inputs)  # so that constants are known
         program = torch.export.export(module, inputs, dynamic_shapes=open_axes, strict=False)
         return torch.onnx.export(
-            program.run_decompositions({torch.ops.aten.bucketize.Tensor: bucketize}),
+            program,
             dynamo=True,
+            dynamic_shapes=open_axes,  # for the names of the axes
             optimize=False,
             opset_version=OPSET,
             input_names=names,
             output_names=outputs,
-            custom_translation_table=_shifts(),
+            custom_translation_table=_translations(),
             verbose=False,
         )
 
 
-def bucketize(x: Tensor, borders: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
-    """`torch.bucketize` for at most a few hundred borders, from operators that ONNX has; numbers are not NaN."""
-    passed = x.unsqueeze(-1) >= borders if right else x.unsqueeze(-1) > borders
-    return passed.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
-
-
-def _shifts() -> dict[Any, Any]:
-    """Translations of `<<` and `>>` on int32: ONNX shifts unsigned numbers only."""
-    from onnxscript import INT32
+def _translations() -> dict[Any, Any]:
+    """Operators of torch that its exporter does not translate, or not well, as functions that build graphs."""
     from onnxscript import opset18 as op
 
-    unsigned, signed = 12, 6  # numbers of UINT32 and INT32 in the format
+    unsigned, int32, int64 = 12, 6, 7  # numbers of types in the format
 
-    def left(x: INT32, count: INT32) -> INT32:
+    def left(x, count):
         shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(count, to=unsigned), direction="LEFT")
-        return op.Cast(shifted, to=signed)
+        return op.Cast(shifted, to=int32)
 
-    def right(x: INT32, count: INT32) -> INT32:
+    def right(x, count):
         shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(count, to=unsigned), direction="RIGHT")
-        return op.Cast(shifted, to=signed)
+        return op.Cast(shifted, to=int32)
+
+    def bucketize(x, borders, out_int32: bool = False, right: bool = False):  # borders that each number has passed
+        compare = op.GreaterOrEqual if right else op.Greater
+        last = op.Constant(value_ints=[-1])
+        passed = op.Cast(compare(op.Unsqueeze(x, last), borders), to=int32 if out_int32 else int64)
+        return op.ReduceSum(passed, last, keepdims=0)
 
     aten = torch.ops.aten
     return {
@@ -118,6 +118,7 @@ def _shifts() -> dict[Any, Any]:
         aten.__lshift__.Scalar: left,
         aten.__rshift__.Tensor: right,
         aten.__rshift__.Scalar: right,
+        aten.bucketize.Tensor: bucketize,
     }
 
 
@@ -141,7 +142,7 @@ def _write(model: Any, path: Path, external: bool = False) -> None:
     import onnx_ir
     from onnxscript import optimizer
 
-    optimizer.optimize(model)
+    optimizer.optimize(model, num_iterations=1, onnx_shape_inference=False)  # more take time squared, and find nothing
     nodes = list(model.graph.all_nodes())
     for part in (model, model.graph, *nodes, *(value for node in nodes for value in node.outputs)):
         part.metadata_props.clear()  # traces of the code it came from, several times the graph itself
@@ -308,32 +309,60 @@ def write_directory(directory: Path, compression: Compression, model: nn.Module 
     directory.mkdir(parents=True, exist_ok=True)
     step = write_model(ModelStep(model, compression), directory) if model is not None else None
     (directory / "codecs").mkdir(exist_ok=True)
-    graphs, left_out, layers = CodecGraphs(directory / "codecs"), {}, []
-    plan = compression.plan
+    graphs, left_out, files = CodecGraphs(directory / "codecs"), {}, {}
+    for name, pair in compression.codecs.items():
+        place = "layer{}.group{}".format(*name.split("-"))
+        for side, codec in pair.items():
+            files[name, side] = {}
+            for method in ("encode", "decode"):
+                try:
+                    files[name, side][method] = "codecs/" + graphs.write(codec, method, f"{place}.{side}")
+                except ModelError as error:
+                    left_out[str(error)] = None
+    if not graphs.written:
+        raise ModelError("; ".join(left_out))
+    write_manifest(directory, compression, step, files)
+    return list(left_out)
+
+
+def write_manifest(
+    directory: Path, compression: Compression, step: str | None, files: dict[tuple[str, str], dict[str, str]]
+) -> None:
+    """Write `tqcompress.json`: what there is, and all that a caller must know of the cache.
+
+    Args:
+        step: the file of the model's step.
+        files: those of the codecs' graphs, by the codec's name in `compression.codecs` and its side.
+    """
+    plan, layers = compression.plan, []
     for index, shape in enumerate(plan.model.layers):
         groups = []
         for j, group in enumerate(plan.layer_groups(index)):
-            sides: dict[str, Any] = {}
-            for side, codec in compression.codecs[f"{index}-{j}"].items():
-                files = {}
-                for method in ("encode", "decode"):
-                    try:
-                        files[method] = "codecs/" + graphs.write(codec, method, f"layer{index}.group{j}.{side}")
-                    except ModelError as error:
-                        left_out[str(error)] = None
-                layout = {
-                    name: {"dtype": str(f.dtype).removeprefix("torch."), "size": f.size, "tokens": f.tokens}
-                    for name, f in codec.layout().fields.items()
+            sides = {}
+            for side in SIDES:
+                spec, layout = getattr(group, side), plan.layout(group, side)
+                sides[side] = {
+                    "quantizer": spec.quantizer,
+                    "bits": spec.bits,
+                    **files.get((f"{index}-{j}", side), {}),
+                    "fields": {
+                        name: {
+                            "dtype": str(field.dtype).removeprefix("torch."),
+                            "size": field.size,
+                            "tokens": field.tokens,
+                        }
+                        for name, field in layout.fields.items()
+                    },
                 }
-                sides[side] = {"quantizer": codec.name, "bits": codec.spec.bits, **files, "fields": layout}
             groups.append({"heads": list(group.heads), **sides})
         block = plan.block(index) if groups else 1
         layers.append({"kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "block": block, "groups": groups})
-    if not graphs.written:
-        raise ModelError("; ".join(left_out))
     content = {
-        "format_version": 1, "model": plan.model.name, "step": step, "sinks": plan.sinks, "window": plan.window,
+        "format_version": 1,
+        "model": plan.model.name,
+        "step": step,
+        "sinks": plan.sinks,
+        "window": plan.window,
         "layers": layers,
-    }  # fmt: skip
+    }
     replace_file(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-    return list(left_out)

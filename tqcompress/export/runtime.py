@@ -120,7 +120,7 @@ def compare(model: OnnxModel, step: ModelStep, ids: Iterable[Tensor]) -> Iterato
     for new in ids:
         feed = model.inputs(new[None].numpy())
         got = dict(zip(model.names, model.session.run(None, feed), strict=True))
-        given = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
+        given = {name: as_tensor(array) for name, array in feed.items()}
         logits, present = step(given.pop("input_ids"), given.pop("position_ids"), given)
         rows = ties = wrong = 0
         for index, groups in enumerate(step.groups):
@@ -128,12 +128,17 @@ def compare(model: OnnxModel, step: ModelStep, ids: Iterable[Tensor]) -> Iterato
                 for side, codec in zip(SIDES, (group.key, group.value), strict=True):
                     vectors = given[f"leaving.{index}.{side}"][:, list(group.heads)]
                     names = {field: f"present.{index}.{j}.{side}.{field}" for field in codec.layout().fields}
-                    found = {field: torch.from_numpy(got[name]) for field, name in names.items()}
+                    found = {field: as_tensor(got[name]) for field, name in names.items()}
                     counts = differing(codec, vectors, found, {field: present[name] for field, name in names.items()})
                     rows, ties, wrong = rows + vectors[..., 0].numel(), ties + counts[0], wrong + counts[1]
-        difference = (torch.from_numpy(got["logits"]) - logits).abs().max() / logits.square().mean().sqrt()
+        difference = (as_tensor(got["logits"]) - logits).abs().max() / logits.square().mean().sqrt()
         yield Agreement(rows, ties, wrong, float(difference))
         model.advance(got, len(new))
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A copy, with ordinary strides: empty arrays have others."""
+    return torch.from_numpy(array.copy()).clone(memory_format=torch.contiguous_format)
 
 
 def differing(codec: Codec, vectors: Tensor, found: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[int, int]:
