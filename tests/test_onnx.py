@@ -216,7 +216,7 @@ def test_attention_of_blocks_of_tokens_and_soft_caps_is_that_of_the_reference():
         stores.append(store)
     view = GroupView(group, *stores, 64, (k[:, :, :4], v[:, :, :4]), (k[:, :, 68:], v[:, :, 68:]))
     want, _ = blockwise.attend(query, view, None, 0.1, softcap=5.0)
-    found = attend(query, StepTokens((group,), exact, (packed,)), 0.1, softcap=5.0)
+    found = attend(query, StepTokens(exact, ((group, *packed),)), 0.1, softcap=5.0)
     assert (found - want).abs().max() < 1e-5
 
 

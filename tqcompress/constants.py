@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 
-_known: dict[tuple, object] | None = None  # while `kept_for_export` is open
+F = TypeVar("F", bound=Callable[..., Any])
+
+_known: dict[tuple[Any, ...], Any] | None = None  # while `kept_for_export` is open
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def kept_for_export() -> Iterator[None]:
         _known = None
 
 
-def cached_constant(function: Callable) -> Callable:
+def cached_constant(function: F) -> F:
     """Cache what `function` of hashable arguments returns.
 
     Not while torch traces or exports, where it would keep fake tensors for later real calls; and never as an
@@ -31,12 +34,12 @@ def cached_constant(function: Callable) -> Callable:
     """
 
     @lru_cache(maxsize=64)
-    def build(*args):
+    def build(*args: Any) -> Any:
         with torch.inference_mode(False):
             return function(*args)
 
     @wraps(function)
-    def call(*args):
+    def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             known = _known if _known is not None and torch.compiler.is_exporting() else {}
             return known[function, args] if (function, args) in known else function(*args)
@@ -45,4 +48,4 @@ def cached_constant(function: Callable) -> Callable:
             _known[function, args] = result
         return result
 
-    return call
+    return cast(F, call)

@@ -2,7 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from ..compression import Compression
 from ..errors import ModelError
 from ..models import load_model
 from ..texts import load_text
+
+if TYPE_CHECKING:
+    from .runtime import Agreement
 
 app = typer.Typer(help="Export a compressed model to other runtimes.", no_args_is_help=True)
 console = Console()
@@ -35,43 +38,42 @@ def onnx_command(
 ) -> None:
     """Write ONNX graphs of every codec, and of a step of the model with its compressed cache."""
     from . import onnx, runtime
+    from .step import ModelStep
 
     onnx.check_installed()
     if check and not codecs:
         runtime.sessions()
     artifact = read(directory)  # a bad directory must not wait for the model
-    model = None
+    found: list[Agreement] = []
     with session.progress() as bar:
-        step = bar.add_task(f"loading {directory}", total=None)
-        if codecs:
-            compression = Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
-            artifact.restore(compression.state())
-        else:
-            onnx.check_exportable(artifact.plan_for(artifact.model()))
+        task = bar.add_task(f"loading {directory}", total=None)
+        compression = Compression(artifact.recipe, artifact.plan_for(artifact.model()), {})
+        artifact.restore(compression.state())
+        if not codecs:
+            onnx.check_exportable(compression.plan)
+            compression.choose_backends()
             model, tokenizer = load_model(str(directory), "cpu", "float32")
-            compression = api.compression_of(model)
             api.remove(model)
-        bar.update(step, description="exporting")
-        left_out = onnx.write_directory(out, compression, model)
+        bar.update(task, description="exporting")
+        left_out = onnx.write_directory(out, compression, None if codecs else model)
         for reason in left_out:
             console.print(f"left out: {escape(reason)}")
         if check and not codecs:
-            bar.update(step, description="checking", total=check, completed=0)
+            bar.update(task, description="checking", total=check, completed=0)
             plan = compression.plan
             ids = session.token_ids(tokenizer, load_text("constitution"), plan.sinks + plan.window + CHECKED + check)
             prompt, rest = ids[: len(ids) - check], ids[len(ids) - check :]
-            found = []
             steps = chain([prompt], rest.split(1))
-            for result in runtime.compare(runtime.OnnxModel(out), onnx.ModelStep(model, compression), steps):
+            for result in runtime.compare(runtime.OnnxModel(out), ModelStep(model, compression), steps):
                 found.append(result)
-                bar.advance(step)
+                bar.advance(task)
     graphs = len(list((out / "codecs").glob("*.onnx")))
     console.print(f"{out}: {graphs} graphs of codecs" + ("" if codecs else f", {onnx.MODEL}"))
-    if check and not codecs:
+    if found:
         report(found)
 
 
-def report(found: list) -> None:
+def report(found: "list[Agreement]") -> None:
     """Print what the check found. Raises `ModelError` if the graph computes something else than torch."""
     from .runtime import LOGITS_ERROR
 

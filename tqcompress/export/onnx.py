@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import replace_file
 from ..codec import Codec
 from ..compression import Compression
 from ..constants import kept_for_export
 from ..errors import ModelError, TQCompressError
+from ..output import replace_file
 from ..plan import SIDES, Plan
 from ..registry import plugins
 from .step import ModelStep, fields
@@ -69,7 +69,9 @@ def check_installed() -> None:
 # ---------------------------------------------------------------------------------------------------- the exporter
 
 
-def to_onnx(module: nn.Module, inputs: tuple, open_axes: tuple, names: list[str], outputs: list[str]) -> Any:
+def to_onnx(
+    module: nn.Module, inputs: tuple[Any, ...], open_axes: tuple[Any, ...], names: list[str], outputs: list[str]
+) -> Any:
     """The graph of `module(*inputs)`, a `torch.onnx.ONNXProgram`, not optimized: buffers keep their names.
 
     Args:
@@ -98,15 +100,16 @@ def _translations() -> dict[Any, Any]:
 
     unsigned, int32, int64 = 12, 6, 7  # numbers of types in the format
 
-    def left(x, count):
+    def left(x: Any, count: Any) -> Any:
         shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(count, to=unsigned), direction="LEFT")
         return op.Cast(shifted, to=int32)
 
-    def right(x, count):
+    def right(x: Any, count: Any) -> Any:
         shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(count, to=unsigned), direction="RIGHT")
         return op.Cast(shifted, to=int32)
 
-    def bucketize(x, borders, out_int32: bool = False, right: bool = False):  # borders that each number has passed
+    # How many borders each number has passed.
+    def bucketize(x: Any, borders: Any, out_int32: bool = False, right: bool = False) -> Any:
         compare = op.GreaterOrEqual if right else op.Greater
         last = op.Constant(value_ints=[-1])
         passed = op.Cast(compare(op.Unsqueeze(x, last), borders), to=int32 if out_int32 else int64)
@@ -241,7 +244,7 @@ def _tokens(name: str, block: int, shared: int = 1) -> Any:
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-def model_inputs(step: ModelStep) -> tuple[tuple, tuple]:
+def model_inputs(step: ModelStep) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs to trace a step with, and their open axes."""
     axis, plan = torch.export.Dim, step.plan
     batch, new = axis("batch"), axis("new")
@@ -309,7 +312,8 @@ def write_directory(directory: Path, compression: Compression, model: nn.Module 
     directory.mkdir(parents=True, exist_ok=True)
     step = write_model(ModelStep(model, compression), directory) if model is not None else None
     (directory / "codecs").mkdir(exist_ok=True)
-    graphs, left_out, files = CodecGraphs(directory / "codecs"), {}, {}
+    graphs, left_out = CodecGraphs(directory / "codecs"), list[str]()
+    files: dict[tuple[str, str], dict[str, str]] = {}
     for name, pair in compression.codecs.items():
         place = "layer{}.group{}".format(*name.split("-"))
         for side, codec in pair.items():
@@ -318,11 +322,11 @@ def write_directory(directory: Path, compression: Compression, model: nn.Module 
                 try:
                     files[name, side][method] = "codecs/" + graphs.write(codec, method, f"{place}.{side}")
                 except ModelError as error:
-                    left_out[str(error)] = None
+                    left_out.append(str(error))
     if not graphs.written:
-        raise ModelError("; ".join(left_out))
+        raise ModelError("; ".join(dict.fromkeys(left_out)))
     write_manifest(directory, compression, step, files)
-    return list(left_out)
+    return list(dict.fromkeys(left_out))
 
 
 def write_manifest(
@@ -338,7 +342,7 @@ def write_manifest(
     for index, shape in enumerate(plan.model.layers):
         groups = []
         for j, group in enumerate(plan.layer_groups(index)):
-            sides = {}
+            sides: dict[str, Any] = {}
             for side in SIDES:
                 spec, layout = getattr(group, side), plan.layout(group, side)
                 sides[side] = {

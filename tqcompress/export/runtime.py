@@ -46,7 +46,8 @@ class OnnxModel:
         inputs = self.inputs(ids)
         outputs = dict(zip(self.names, self.session.run(None, inputs), strict=True))
         self.advance(outputs, ids.shape[1])
-        return outputs["logits"]
+        logits: np.ndarray = outputs["logits"]
+        return logits
 
     def inputs(self, ids: np.ndarray) -> Arrays:
         """What the graph takes: of the exact tokens, those between the sinks and the last `window` leave."""
@@ -97,7 +98,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; `tqcompress export onnx` writes one")
-    return json.loads(path.read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ and outputs `present.` with the same names as `past.`. A layer that stays exact 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,20 @@ from ..codec import Field
 from ..compression import Compression
 from ..errors import ModelError
 from ..plan import SIDES
-from ..view import GroupCodecs, query_heads, take_heads
+from ..view import GroupCodecs, Pair, query_heads, take_heads
 
 NAME = "tqcompress-export"
+
+Rows = dict[str, Tensor]  # by the field of the layout
+Packed = tuple[GroupCodecs, Rows, Rows]  # of keys and of values
 
 
 @dataclass(frozen=True)
 class StepTokens:
     """What `update` returns in place of key and value tensors: exact tokens, and each group's packed rows."""
 
-    groups: tuple[GroupCodecs, ...]
-    exact: tuple[Tensor, Tensor]
-    packed: tuple[tuple[dict[str, Tensor], dict[str, Tensor]], ...]
+    exact: Pair
+    packed: tuple[Packed, ...]
 
 
 class StepLayer(CacheLayerMixin):
@@ -50,20 +53,22 @@ class StepLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: all there is was given."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[StepTokens, StepTokens]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[StepTokens, StepTokens]:
         """Encode what leaves, append what is new; return what attention reads, twice."""
         new = {"key": key_states, "value": value_states}
         self.present = {side: torch.cat([self.past[side], new[side]], dim=2) for side in SIDES}
         packed = []
         for j, group in enumerate(self.groups):
-            sides = []
+            sides: list[Rows] = []
             for side, codec in zip(SIDES, (group.key, group.value), strict=True):
                 rows = codec.encode(take_heads(self.leaving[side], group))
                 names = {field: f"{j}.{side}.{field}" for field in codec.layout().fields}
                 sides.append({field: torch.cat([self.past[n], rows[field]], dim=2) for field, n in names.items()})
                 self.present |= {name: sides[-1][field] for field, name in names.items()}
-            packed.append(tuple(sides))
-        tokens = StepTokens(self.groups, (self.present["key"], self.present["value"]), tuple(packed))
+            packed.append((group, sides[0], sides[1]))
+        tokens = StepTokens((self.present["key"], self.present["value"]), tuple(packed))
         return tokens, tokens
 
     def get_seq_length(self) -> int:
@@ -91,15 +96,14 @@ def attend(query: Tensor, tokens: StepTokens, scaling: float, softcap: float | N
         float32 of the query's shape. Packed tokens of one layer are decoded as a whole.
     """
     keys, values = tokens.exact
-    if not tokens.groups:
-        return _attend(query, keys, values, None, None, scaling, softcap)
-    outputs, order, share = [], [], query.shape[1] // keys.shape[1]
-    for group, packed in zip(tokens.groups, tokens.packed, strict=True):
-        heads = query_heads(group, share)
-        mine = query if len(tokens.groups) == 1 else query[:, heads]
-        outputs.append(
-            _attend(mine, take_heads(keys, group), take_heads(values, group), group, packed, scaling, softcap)
-        )
+    if not tokens.packed:
+        return _attend(query, keys, values, None, scaling, softcap)
+    outputs: list[Tensor] = []
+    order: list[int] = []
+    for packed in tokens.packed:
+        group, heads = packed[0], query_heads(packed[0], query.shape[1] // keys.shape[1])
+        mine = query if len(tokens.packed) == 1 else query[:, heads]
+        outputs.append(_attend(mine, take_heads(keys, group), take_heads(values, group), packed, scaling, softcap))
         order += heads
     if len(outputs) == 1:
         return outputs[0]
@@ -107,20 +111,15 @@ def attend(query: Tensor, tokens: StepTokens, scaling: float, softcap: float | N
 
 
 def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    group: GroupCodecs | None,
-    packed: tuple[dict[str, Tensor], dict[str, Tensor]] | None,
-    scaling: float,
-    softcap: float | None,
+    query: Tensor, keys: Tensor, values: Tensor, packed: Packed | None, scaling: float, softcap: float | None
 ) -> Tensor:
     """`attend` of one group's heads, or without packed tokens."""
     new, exact = query.shape[2], keys.shape[2]
     query = (query.float() * scaling).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     scores = query @ keys.float().mT
-    if group is not None:
-        scores = torch.cat([scores, group.key.rotate(query) @ group.key.decode_rotated(packed[0]).mT], dim=-1)
+    if packed is not None:
+        group, key_rows, value_rows = packed
+        scores = torch.cat([scores, group.key.rotate(query) @ group.key.decode_rotated(key_rows).mT], dim=-1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     place = torch.arange(scores.shape[-1], device=query.device)
@@ -128,10 +127,11 @@ def _attend(
     seen = (place <= last) | (place >= exact)
     scores = scores.unflatten(2, (-1, new)).masked_fill(~seen, -torch.inf).flatten(2, 3)
     weights = torch.softmax(scores, dim=-1)
-    output = weights[..., :exact] @ values.float()
-    if group is not None:
-        output = output + group.value.unrotate(weights[..., exact:] @ group.value.decode_rotated(packed[1]))
-    return output.unflatten(2, (-1, new)).flatten(1, 2)
+    output: Tensor = weights[..., :exact] @ values.float()
+    if packed is not None:
+        output = output + group.value.unrotate(weights[..., exact:] @ group.value.decode_rotated(value_rows))
+    output = output.unflatten(2, (-1, new)).flatten(1, 2)
+    return output
 
 
 def attention_forward(
@@ -144,7 +144,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of an exported model, as transformers calls it. Raises `ModelError`."""
     if s_aux is not None or position_bias is not None:
