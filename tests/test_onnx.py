@@ -17,6 +17,8 @@ from tqcompress.calibrate import calibrate
 from tqcompress.errors import ModelError
 from tqcompress.export import onnx as exporter
 from tqcompress.export.commands import CHECKED
+from tqcompress.export.graph import OPSET
+from tqcompress.export.manifest import MANIFEST, write_manifest
 from tqcompress.export.runtime import LOGITS_ERROR, OnnxModel, as_tensor, compare, differing
 from tqcompress.export.step import ModelStep, StepTokens, attend
 from tqcompress.models import load_model
@@ -63,7 +65,7 @@ def exported(tmp_path_factory):
     model = tiny_model("llama", num_hidden_layers=2)
     compression = compressed(model, RECIPE)
     directory = tmp_path_factory.mktemp("exported")
-    exporter.write_manifest(directory, compression, exporter.write_model(ModelStep(model, compression), directory), {})
+    write_manifest(directory, compression, exporter.write_model(ModelStep(model, compression), directory), {})
     return directory, model, compression
 
 
@@ -185,7 +187,7 @@ def test_the_graph_is_standard_and_open_in_its_sizes(exported):
 
     directory, _, _ = exported
     graph = onnx.load(directory / exporter.MODEL, load_external_data=False)
-    assert [(o.domain, o.version) for o in graph.opset_import if o.domain == ""] == [("", exporter.OPSET)]
+    assert [(o.domain, o.version) for o in graph.opset_import if o.domain == ""] == [("", OPSET)]
     assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"} and not graph.functions
     axes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.graph.input}
     assert axes["input_ids"] == ["batch", "new"]
@@ -193,7 +195,7 @@ def test_the_graph_is_standard_and_open_in_its_sizes(exported):
     assert axes["leaving.1.value"] == ["batch", 2, "8*leaving_8", 16]
     assert axes["past.1.1.key.step"] == ["batch", 1, "packed_8", 16]
     assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
-    layers = json.loads((directory / exporter.MANIFEST).read_text())["layers"]
+    layers = json.loads((directory / MANIFEST).read_text())["layers"]
     assert [len(layer["groups"]) for layer in layers] == [0, 2] and layers[1]["block"] == 8
 
 

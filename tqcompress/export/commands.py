@@ -37,10 +37,10 @@ def onnx_command(
     check: Annotated[int, typer.Option(min=0, help="steps to compare with torch under onnxruntime")] = 16,
 ) -> None:
     """Write ONNX graphs of every codec, and of a step of the model with its compressed cache."""
-    from . import onnx, runtime
+    from . import graph, onnx, runtime
     from .step import ModelStep
 
-    onnx.check_installed()
+    graph.check_installed()
     if check and not codecs:
         runtime.sessions()
     artifact = read(directory)  # a bad directory must not wait for the model

@@ -1,16 +1,8 @@
 """Export to ONNX: encode and decode graphs of every codec, and a step of the whole model.
 
-Standard operators of opset 18 only, with the sizes of batch and tokens left open. What torch's exporter lacks or
-exports badly has translations of its own: `bucketize`, and the shifts of int32 numbers, which are those of uint32 as
-codes are never negative. Everything else of a codec is exported as it runs in torch.
+A codec is exported as it runs in torch.
 """
 
-import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +11,14 @@ from torch import Tensor, nn
 
 from ..codec import Codec
 from ..compression import Compression
-from ..constants import kept_for_export
-from ..errors import ModelError, TQCompressError
-from ..output import replace_file
+from ..errors import ModelError
 from ..plan import SIDES, Plan
 from ..registry import plugins
+from .graph import SIZE, check_installed, open_tokens, reason, to_onnx, write
+from .manifest import write_manifest
 from .step import ModelStep, fields
 
-OPSET = 18  # the first with BitwiseAnd and BitwiseOr
-MANIFEST = "tqcompress.json"
 MODEL = "model.onnx"
-SIZE = 3  # of the open axes of the inputs that are traced: not 1, which torch would take for fixed
 
 
 class Encode(nn.Module):
@@ -55,111 +44,6 @@ class Decode(nn.Module):
     def forward(self, packed: dict[str, Tensor]) -> Tensor:
         """`[batch, kv_heads, tokens, head_dim]`."""
         return self.codec.decode(packed).clone()
-
-
-def check_installed() -> None:
-    """Raise `TQCompressError` if a package that exporting needs is missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise TQCompressError(f"{error.name} is not installed; install the extra tqcompress[onnx]") from None
-
-
-# ---------------------------------------------------------------------------------------------------- the exporter
-
-
-def to_onnx(
-    module: nn.Module, inputs: tuple[Any, ...], open_axes: tuple[Any, ...], names: list[str], outputs: list[str]
-) -> Any:
-    """The graph of `module(*inputs)`, a `torch.onnx.ONNXProgram`, not optimized: buffers keep their names.
-
-    Args:
-        open_axes: for each input, as `torch.export.export` takes them as `dynamic_shapes`.
-        names, outputs: of the graph's inputs and outputs, in their order.
-    """
-    with kept_for_export(), torch.no_grad(), _quiet():
-        module(*inputs)  # so that constants are known
-        program = torch.export.export(module, inputs, dynamic_shapes=open_axes, strict=False)
-        return torch.onnx.export(
-            program,
-            dynamo=True,
-            dynamic_shapes=open_axes,  # for the names of the axes
-            optimize=False,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=outputs,
-            custom_translation_table=_translations(),
-            verbose=False,
-        )
-
-
-def _translations() -> dict[Any, Any]:
-    """Operators of torch that its exporter does not translate, or not well, as functions that build graphs."""
-    from onnxscript import opset18 as op
-
-    unsigned, int32, int64 = 12, 6, 7  # numbers of types in the format
-
-    def left(x: Any, count: Any) -> Any:
-        shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(count, to=unsigned), direction="LEFT")
-        return op.Cast(shifted, to=int32)
-
-    def right(x: Any, count: Any) -> Any:
-        shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(count, to=unsigned), direction="RIGHT")
-        return op.Cast(shifted, to=int32)
-
-    # How many borders each number has passed.
-    def bucketize(x: Any, borders: Any, out_int32: bool = False, right: bool = False) -> Any:
-        compare = op.GreaterOrEqual if right else op.Greater
-        last = op.Constant(value_ints=[-1])
-        passed = op.Cast(compare(op.Unsqueeze(x, last), borders), to=int32 if out_int32 else int64)
-        return op.ReduceSum(passed, last, keepdims=0)
-
-    aten = torch.ops.aten
-    return {
-        aten.__lshift__.Tensor: left,
-        aten.__lshift__.Scalar: left,
-        aten.__rshift__.Tensor: right,
-        aten.__rshift__.Scalar: right,
-        aten.bucketize.Tensor: bucketize,
-    }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks about packages and its own code."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _write(model: Any, path: Path, external: bool = False) -> None:
-    """Optimize and check an `onnx_ir.Model`, and write it; `external`: its numbers to a file beside it."""
-    import onnx
-    import onnx_ir
-    from onnxscript import optimizer
-
-    optimizer.optimize(model, num_iterations=1, onnx_shape_inference=False)  # more take time squared, and find nothing
-    nodes = list(model.graph.all_nodes())
-    for part in (model, model.graph, *nodes, *(value for node in nodes for value in node.outputs)):
-        part.metadata_props.clear()  # traces of the code it came from, several times the graph itself
-    others = {node.domain for node in nodes} - {"", "ai.onnx"}
-    if others or model.functions:
-        raise ModelError(f"{path.name}: the graph has operators that are not standard: {sorted(others)}")
-    if external:
-        onnx_ir.save(model, path, external_data=f"{path.name}.data")
-    else:
-        onnx_ir.save(model, path)
-    onnx.checker.check_model(path, full_check=not external)
-
-
-# ------------------------------------------------------------------------------------------------------ the codecs
 
 
 class CodecGraphs:
@@ -191,7 +75,7 @@ class CodecGraphs:
             if initializer is not None:  # one side of a matrix may be all that a graph needs
                 initializer.const_value = onnx_ir.tensor(tensor.numpy(force=True), name=initializer.name)
         file = f"{name}.{method}.onnx"
-        _write(model, self.directory / file)
+        write(model, self.directory / file)
         self.written.append((kind, state, file))
         return file
 
@@ -207,7 +91,7 @@ def _traced(codec: Codec, method: str) -> Any:
     if method in codec.not_in_onnx:
         raise ModelError(f"{codec.name}: {method} is not exported to ONNX: {codec.not_in_onnx[method]}")
     layout, shape = codec.layout(), codec.shape
-    batch, tokens = torch.export.Dim("batch"), _tokens("tokens", layout.block)
+    batch, tokens = torch.export.Dim("batch"), open_tokens("tokens", layout.block)
     x = torch.randn(SIZE, shape.num_kv_heads, SIZE * layout.block, shape.head_dim)  # only its shape matters
     names = list(layout.fields)
     if method == "encode":
@@ -216,7 +100,9 @@ def _traced(codec: Codec, method: str) -> Any:
         name: torch.zeros(SIZE, shape.num_kv_heads, SIZE * layout.block // field.tokens, field.size, dtype=field.dtype)
         for name, field in layout.fields.items()
     }
-    axes = {name: {0: batch, 2: _tokens("tokens", layout.block, field.tokens)} for name, field in layout.fields.items()}
+    axes = {
+        name: {0: batch, 2: open_tokens("tokens", layout.block, field.tokens)} for name, field in layout.fields.items()
+    }
     return _named(codec, method, Decode(codec), (empty,), (axes,), names, ["x"])
 
 
@@ -225,20 +111,7 @@ def _named(codec: Codec, method: str, *arguments: Any) -> Any:
     try:
         return to_onnx(*arguments)
     except Exception as error:  # the exporter raises whatever its parts do
-        raise ModelError(f"{codec.name}: {method} cannot be exported to ONNX: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the error at the bottom: torch's exporter wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _tokens(name: str, block: int, shared: int = 1) -> Any:
-    """The open axis of rows that `shared` of the tokens share, where tokens come in blocks; blocks are what is open."""
-    blocks, rows = torch.export.Dim(name if block == 1 else f"{name}_{block}"), block // shared
-    return blocks if rows == 1 else rows * blocks
+        raise ModelError(f"{codec.name}: {method} cannot be exported to ONNX: {reason(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -252,7 +125,7 @@ def model_inputs(step: ModelStep) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     for index, (layer, groups) in enumerate(zip(plan.model.layers, step.groups, strict=True)):
         block = plan.block(index) if groups else 1
         sizes = {"past": axis("exact" if groups else "tokens")} | (
-            {"leaving": _tokens("leaving", block)} if groups else {}
+            {"leaving": open_tokens("leaving", block)} if groups else {}
         )
         for part, size in sizes.items():
             for side in SIDES:
@@ -262,7 +135,7 @@ def model_inputs(step: ModelStep) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         for name, (heads, field) in fields(groups).items():
             rows = SIZE * block // field.tokens
             cache[f"past.{index}.{name}"] = torch.zeros(SIZE, heads, rows, field.size, dtype=field.dtype)
-            axes[f"past.{index}.{name}"] = {0: batch, 2: _tokens("packed", block, field.tokens)}
+            axes[f"past.{index}.{name}"] = {0: batch, 2: open_tokens("packed", block, field.tokens)}
     ids = torch.arange(SIZE).expand(SIZE, -1).contiguous()
     return (ids, ids.clone(), cache), ({0: batch, 1: new}, {0: batch, 1: new}, axes)
 
@@ -277,10 +150,10 @@ def check_exportable(plan: Plan) -> None:
             )
     for group in plan.groups:
         for spec in (group.key, group.value):
-            for method, reason in plugins().registry.codec(spec.quantizer).not_in_onnx.items():
+            for method, why in plugins().registry.codec(spec.quantizer).not_in_onnx.items():
                 raise ModelError(
                     f"layer {group.layer}: {spec.quantizer}: {method} is not exported to ONNX, and a step needs it: "
-                    f"{reason}; export the codecs alone with --codecs"
+                    f"{why}; export the codecs alone with --codecs"
                 )
 
 
@@ -292,8 +165,8 @@ def write_model(step: ModelStep, directory: Path) -> str:
     try:
         program = to_onnx(step, inputs, axes, names, outputs)
     except Exception as error:  # as above
-        raise ModelError(f"{step.plan.model.name}: cannot be exported to ONNX: {_reason(error)}") from error
-    _write(program.model, directory / MODEL, external=True)
+        raise ModelError(f"{step.plan.model.name}: cannot be exported to ONNX: {reason(error)}") from error
+    write(program.model, directory / MODEL, external=True)
     return MODEL
 
 
@@ -327,46 +200,3 @@ def write_directory(directory: Path, compression: Compression, model: nn.Module 
         raise ModelError("; ".join(dict.fromkeys(left_out)))
     write_manifest(directory, compression, step, files)
     return list(dict.fromkeys(left_out))
-
-
-def write_manifest(
-    directory: Path, compression: Compression, step: str | None, files: dict[tuple[str, str], dict[str, str]]
-) -> None:
-    """Write `tqcompress.json`: what there is, and all that a caller must know of the cache.
-
-    Args:
-        step: the file of the model's step.
-        files: those of the codecs' graphs, by the codec's name in `compression.codecs` and its side.
-    """
-    plan, layers = compression.plan, []
-    for index, shape in enumerate(plan.model.layers):
-        groups = []
-        for j, group in enumerate(plan.layer_groups(index)):
-            sides: dict[str, Any] = {}
-            for side in SIDES:
-                spec, layout = getattr(group, side), plan.layout(group, side)
-                sides[side] = {
-                    "quantizer": spec.quantizer,
-                    "bits": spec.bits,
-                    **files.get((f"{index}-{j}", side), {}),
-                    "fields": {
-                        name: {
-                            "dtype": str(field.dtype).removeprefix("torch."),
-                            "size": field.size,
-                            "tokens": field.tokens,
-                        }
-                        for name, field in layout.fields.items()
-                    },
-                }
-            groups.append({"heads": list(group.heads), **sides})
-        block = plan.block(index) if groups else 1
-        layers.append({"kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "block": block, "groups": groups})
-    content = {
-        "format_version": 1,
-        "model": plan.model.name,
-        "step": step,
-        "sinks": plan.sinks,
-        "window": plan.window,
-        "layers": layers,
-    }
-    replace_file(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,6 +1,5 @@
 """Running an exported model under onnxruntime: the cache as numpy arrays, and the check against torch."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..codec import Codec
 from ..errors import ArtifactError, TQCompressError
 from ..plan import SIDES
-from .onnx import MANIFEST
+from .manifest import read_manifest
 from .step import ModelStep
 
 # Of the logits' root mean square. Rounding of float32 sums is 1e-6 of it, but one code at a tie, which goes the other
@@ -91,15 +90,6 @@ def sessions() -> Any:
     except ImportError:
         raise TQCompressError("onnxruntime is not installed; install the extra tqcompress[onnx]") from None
     return InferenceSession
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """What `tqcompress.json` says. Raises `ArtifactError`."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file; `tqcompress export onnx` writes one")
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
 
 
 @dataclass(frozen=True)
