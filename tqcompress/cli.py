@@ -309,6 +309,18 @@ def inspect(
     console.print(report.cost_table(compression.plan))
 
 
+@app.command(
+    name="serve",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},  # they are for `transformers serve`
+)
+def serve_command(context: typer.Context) -> None:
+    """Serve a directory that apply or save wrote with an OpenAI-compatible API, through `transformers serve`."""
+    from .serve import serve
+
+    serve(context.args)
+
+
 @app.command(name="plugins")
 def list_plugins() -> None:
     """List plugins, the quantizers they add, and the ones that failed to load."""
