@@ -18,6 +18,7 @@ class Fp8(Codec):
 
     name = "fp8"
     supported_bits = (8,)
+    not_in_onnx = dict.fromkeys(("encode", "decode"), "ONNX (opset 18) cannot look at the bits of a float8 number")
 
     def layout(self) -> Layout:
         """One byte a value."""

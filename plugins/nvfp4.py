@@ -21,6 +21,7 @@ class Nvfp4(Codec):
 
     name = "nvfp4"
     supported_bits = (4,)
+    not_in_onnx = dict.fromkeys(("encode", "decode"), "ONNX (opset 18) cannot look at the bits of a float8 number")
     magnitudes: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):

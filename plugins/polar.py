@@ -26,6 +26,7 @@ class Polar(TransformedCodec):
 
     name = "polar"
     supported_bits = (1, 2, 3, 4)
+    not_in_onnx = {"encode": "ONNX has neither hypot nor atan2"}
     borders: Tensor
     points: Tensor
 

@@ -45,6 +45,7 @@ class Trellis(TransformedCodec):
 
     name = "trellis"
     supported_bits = (1, 2, 3, 4)
+    not_in_onnx = {"encode": "its search is a loop over all coordinates, in memory that it writes to"}
     Options = TrellisOptions
     options: TrellisOptions
     codebook: Tensor

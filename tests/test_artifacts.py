@@ -77,8 +77,9 @@ def test_from_pretrained_brings_the_model_back(base, tmp_path, dtype, weights):
     assert compression_of(again).plan.to_dict() == plan.to_dict()
     assert torch.equal(logits(again), want) and not torch.equal(want, plain)
     assert all(codec.codebook.dtype == torch.float32 for codec in compression_of(again).codecs["0-0"].values())
-    unnamed = AutoModelForCausalLM.from_pretrained(tmp_path)  # the dtype is saved too
-    assert unnamed.dtype == dtype and torch.equal(logits(unnamed), want)
+    for unnamed in ({}, {"dtype": "auto"}):  # the dtype is saved too
+        again_unnamed = AutoModelForCausalLM.from_pretrained(tmp_path, **unnamed)
+        assert again_unnamed.dtype == dtype and torch.equal(logits(again_unnamed), want)
     tqcompress.remove(again)
     assert torch.equal(logits(again), plain)
 

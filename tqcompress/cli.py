@@ -25,6 +25,7 @@ from .calibrate import Statistics
 from .compression import Compression
 from .errors import TQCompressError
 from .evaluate import evaluate, passes
+from .export.commands import app as export_app
 from .models import ALIASES, default_device, load_model, load_shape
 from .needle import retrieve
 from .output import replace_file
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(pretty_exceptions_enable=False)
+app.add_typer(export_app, name="export")
 console = Console()
 
 RecipeArg = Annotated[str, typer.Argument(help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")]
@@ -305,6 +307,18 @@ def inspect(
     console.print(report.plan_table(compression))
     console.print(report.bits_map(compression.plan, console.width))
     console.print(report.cost_table(compression.plan))
+
+
+@app.command(
+    name="serve",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},  # they are for `transformers serve`
+)
+def serve_command(context: typer.Context) -> None:
+    """Serve a directory that apply or save wrote with an OpenAI-compatible API, through `transformers serve`."""
+    from .serve import serve
+
+    serve(context.args)
 
 
 @app.command(name="plugins")

@@ -157,6 +157,7 @@ class Codec(nn.Module):
     name: ClassVar[str]
     supported_bits: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
     splits: ClassVar[bool] = False  # whether bits between two supported ones are left to the subclass
+    not_in_onnx: ClassVar[dict[str, str]] = {}  # why `encode` or `decode` cannot be exported to ONNX
     Options: ClassVar[type[BaseModel]] = Options
     options: BaseModel  # an instance of `Options`
 

@@ -190,6 +190,11 @@ class Compression(nn.Module):
         """Forward pre-hook: put compressed layers into the cache, making one if the decoder would."""
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
+        if given.get("cache") is not None and type(given["cache"]).__name__ == "PagedAttentionCache":
+            raise ModelError(
+                "continuous batching keeps keys and values in pages of transformers' own, which cannot be compressed; "
+                "use generate(), or call tqcompress.remove(model) first"
+            )
         recomputes = decoder.training and getattr(decoder, "gradient_checkpointing", False)
         if cache is not None and recomputes:  # transformers would drop the cache and go on
             raise ModelError(

