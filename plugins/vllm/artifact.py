@@ -6,8 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tqcompress import ArtifactError, Backend, ModelError, RecipeError
-from tqcompress import artifacts, blockwise
+from tqcompress import ArtifactError, Backend, ModelError, RecipeError, artifacts, blockwise
 from tqcompress.compression import Compression
 from tqcompress.shape import ModelShape
 from tqcompress.view import LayerCodecs

@@ -5,7 +5,7 @@ So every page size gets a class of its own, which its layers name once they are 
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class PackedAttention(CPUAttentionBackend):
         return PackedAttentionImpl
 
 
-@lru_cache(maxsize=None)
+@cache
 def with_pages_of(content_bytes: int) -> type[PackedAttention]:
     """The backend of layers that store so many bytes a token, all heads together."""
 
