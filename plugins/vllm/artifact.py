@@ -6,6 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from vllm.utils.torch_utils import set_default_torch_dtype
+
 from tqcompress import ArtifactError, Backend, ModelError, RecipeError, artifacts, blockwise
 from tqcompress.compression import Compression
 from tqcompress.shape import ModelShape
@@ -57,7 +60,8 @@ def _load(path: Path, shape: ModelShape) -> dict[int, LayerCodecs]:
     artifact = artifacts.read(path)
     plan = artifact.plan_for(shape)
     try:
-        compression = Compression(artifact.recipe, plan, {})
+        with set_default_torch_dtype(torch.float32):  # while a model is loaded it is the model's
+            compression = Compression(artifact.recipe, plan, {})
     except RecipeError as error:
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tqcompress import ModelError
 from tqcompress.codec import Layout
 from tqcompress.view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
 
@@ -45,7 +46,10 @@ class PageFormat:
         return pages.flatten(1)[:, start : start + size].unflatten(1, (self.sinks, -1))
 
     def write(self, pages: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Encode tokens `[tokens, kv_heads, head_dim]` into their slots, page * block_size + place; below 0: none."""
+        """Encode tokens `[tokens, kv_heads, head_dim]` into their slots, page * block_size + place; below 0: none.
+
+        Raises `ModelError` if a codec cannot store them.
+        """
         kept = slots >= 0
         if not kept.all():
             slots, key, value = slots[kept], key[kept], value[kept]
@@ -61,7 +65,14 @@ class PageFormat:
         parts = []
         for group in self.codecs.groups:
             for states, codec in ((key, group.key), (value, group.value)):
-                packed = codec.encode(take_heads(states.transpose(0, 1)[None], group))
+                vectors = take_heads(states.transpose(0, 1)[None], group)
+                packed = codec.encode(vectors)
+                if not (vectors.isfinite().all() and codec.fits(packed)):
+                    raise ModelError(
+                        f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
+                        f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
+                        "skip the layer in the recipe, or check the model's dtype"
+                    )
                 for field in packed.values():  # [1, heads, tokens, size]
                     parts.append(field[0].transpose(0, 1).contiguous().flatten(1).view(torch.uint8))
         return torch.cat(parts, dim=1)
@@ -87,7 +98,7 @@ class PageFormat:
             mask = torch.arange(longest + 1, device=past.device) < past[:, None]
             mask[:, -1] = True  # the new token
         tables = tables[:, : -(-longest // self.block_size)].long()
-        exact = self._exact_of(pages, tables, sinks, key)
+        exact = self._exact_of(pages, tables, past, sinks, key)
         views = tuple(
             GroupView(
                 group,
@@ -101,12 +112,16 @@ class PageFormat:
         )
         return KVView(views, self.codecs.num_kv_heads).attend(query, mask, scaling, softcap)[0]
 
-    def _exact_of(self, pages: Tensor, tables: Tensor, sinks: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact_of(self, pages: Tensor, tables: Tensor, past: Tensor, sinks: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens, `[batch, kv_heads, sinks, head_dim]`."""
         if not sinks:
             none = like[:, :, :0]
             return none, none
-        held = self.exact(pages)[tables[:, 0], :sinks].contiguous().view(self.dtype)
+        held = self.exact(pages)[tables[:, 0], :sinks]
+        held.masked_fill_(
+            (torch.arange(sinks, device=past.device) >= past[:, None])[..., None], 0
+        )  # as in `_Side.read`
+        held = held.contiguous().view(self.dtype)
         key, value = held.unflatten(-1, self.exact_shape[1:]).permute(2, 0, 3, 1, 4)
         return key, value
 

@@ -98,7 +98,9 @@ def generated(llm, prompts: list[dict], tokens: int = 24) -> list[list[int]]:
     """Greedy tokens of every prompt, all at once."""
     from vllm import SamplingParams
 
-    done = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    done = llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False), use_tqdm=False
+    )
     return [list(request.outputs[0].token_ids) for request in done]
 
 

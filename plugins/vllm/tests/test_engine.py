@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import generated, metric, prompts_of
+from conftest import LOSSLESS, generated, metric, prompts_of
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import tqcompress
 
@@ -79,6 +80,25 @@ def test_logprobs_are_those_of_transformers(engine, artifacts, token_ids, hf_mod
     # Before anything was read packed, and when all of a prompt is for the first time, nothing has been amplified yet.
     assert change[0] <= 1e-4
     assert change[1] <= quantization[1] / 50
+
+
+def test_sliding_layers_stay_exact(engine, tmp_path):
+    """A small Gemma 3 with random weights: vLLM's own pages for its sliding layers, lossless ones for the others."""
+    config = Gemma3TextConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, sliding_window=40, max_position_embeddings=512,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    plan = tqcompress.apply(model, LOSSLESS)
+    assert sorted(plan.exact) == [0, 2, 4]
+    tqcompress.save(model, tmp_path / "artifact", base=str(tmp_path))
+    prompts = [{"prompt_token_ids": torch.randint(1, 1000, (n,)).tolist()} for n in (3, 30, 100, 250)]
+    options = {"model": tmp_path, "skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 128}
+    want = generated(engine(**options), prompts)
+    assert generated(engine(tmp_path / "artifact", **options), prompts) == want
 
 
 def _logprobs(llm, prompts: list[dict], tokens: int = 24) -> tuple[list[list[int]], torch.Tensor]:
