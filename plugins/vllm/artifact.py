@@ -25,10 +25,13 @@ def find(config: Any) -> Path | None:
 
     It is the directory or file that `--additional-config '{"tqcompress": "DIR"}'` names or, without that, the one
     beside the model's weights, as `tqcompress apply --out DIR --weights` leaves it. `false` in place of a name: none.
+    Raises `ArtifactError` for anything else.
     """
     given = config.additional_config.get(KEY) if isinstance(config.additional_config, dict) else None
     if given is False:
         return None
+    if given is not None and not isinstance(given, str):
+        raise ArtifactError(f"additional-config: {KEY}: found {given!r}; give a directory or false")
     if given is not None:
         return Path(given)
     beside = Path(config.model_config.model) / artifacts.FILE_NAME

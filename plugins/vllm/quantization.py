@@ -3,14 +3,17 @@
 It says that the cache is compressed; weights are as they were, so vLLM's own unquantized methods load them.
 """
 
+import re
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
 
 METHOD = "tqcompress"
+OF_ARTIFACT = re.compile(r"^layers\.\d+\.g\d+\.(key|value)\.")  # as `Compression.state` names its tensors
 
 
 class CacheOnly(QuantizationConfig):
@@ -38,6 +41,11 @@ class CacheOnly(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "CacheOnly":
         """There is nothing to read: the artifact has it all."""
         return cls()
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Leave out what the artifact holds: vLLM takes every safetensors file for weights of the model."""
+        return WeightsMapper(orig_to_new_regex={OF_ARTIFACT: None})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Plain linear layers; None, which is vLLM's default, for all else."""
