@@ -1,6 +1,7 @@
 """Steps of one token on CUDA: the exact tokens of a group in a ring that its kernels keep."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class FusedRing:
         self.stepper: Stepper | None = None
         self.seen = (0, 0)  # how often the stores had moved when the stepper recorded its launches
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedRing":
         new = object.__new__(FusedRing)
         new.__dict__ = self.__dict__ | {"stepper": None}
         new.ring = self.ring._replace(exact=self.ring.exact.clone(), state=self.ring.state.clone())
@@ -57,13 +58,15 @@ class FusedRing:
         if torch.compiler.is_compiling():
             (key, key_scale), (value, value_scale) = self._rows(stores)
             ring = self.ring
-            return step_op(
+            found: tuple[Tensor, Tensor] = step_op(
                 query, list(new or ()), ring.exact, ring.state, ring.sinks, key, key_scale, value, value_scale,
                 self.constants.id, mask, scaling, softcap,
             )  # fmt: skip
+            return found
         seen = stores[0].moves, stores[1].moves
         if self.stepper is None or seen != self.seen:
-            self.stepper, self.seen = Stepper(self.ring, *self._rows(stores), self.constants), seen
+            keys, values = self._rows(stores)
+            self.stepper, self.seen = Stepper(self.ring, keys, values, self.constants), seen
         return self.stepper(query, new, length, self.base, mask, scaling, softcap)
 
     def _rows(self, stores: tuple[TokenStore, TokenStore]) -> list[tuple[list[Tensor], Tensor]]:

@@ -4,18 +4,21 @@ Source: KIVI (arXiv 2402.02750): keys share a minimum and a step along `group` t
 along `group` channels of one token.
 """
 
+from typing import Annotated
+
 import torch
-from pydantic import PositiveInt
+from pydantic import Field as Bounds
 from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, Options, RecipeError, TensorSpec, hookimpl
 from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.registry import Registry
 
 
 class AffineOptions(Options):
     """Recipe keys of `quantizer: affine`."""
 
-    group: PositiveInt = 32
+    group: Annotated[int, Bounds(ge=1, le=1 << 16)] = 32
 
 
 class Affine(Codec):
@@ -23,6 +26,7 @@ class Affine(Codec):
 
     name = "affine"
     Options = AffineOptions
+    options: AffineOptions
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
@@ -64,6 +68,6 @@ class Affine(Codec):
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `affine`."""
     registry.add_codec(Affine)

@@ -7,6 +7,7 @@ difference comes from quantization or from somewhere else.
 from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, RecipeError, TensorSpec, hookimpl
+from tqcompress.registry import Registry
 
 
 class Exact(Codec):
@@ -34,6 +35,6 @@ class Exact(Codec):
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `exact`."""
     registry.add_codec(Exact)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tqcompress import Codec, Field, Layout, hookimpl
+from tqcompress.registry import Registry
 
 LARGEST = 448.0  # of e4m3
 NAN = 127  # its bits but for the sign; one less is the largest number
@@ -40,6 +41,6 @@ class Fp8(Codec):
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `fp8`."""
     registry.add_codec(Fp8)

@@ -6,27 +6,39 @@ or those of a trellis.
 
 import importlib.util
 import warnings
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tqcompress import Backend, Codec, ModelError, TrellisLevels, blockwise, hookimpl
+from tqcompress import Backend, Codec, ModelError, ScalarLevels, TrellisLevels, blockwise, hookimpl
 from tqcompress.packing import plane_fields
+from tqcompress.plan import Group
 from tqcompress.store import TokenStore
 from tqcompress.view import GroupView
+
+if TYPE_CHECKING:
+    from tqcompress_kernels.encode import AnyEncoder
+    from tqcompress_kernels.lookups import Lookup
+    from tqcompress_kernels.packed import Packed, Wide
+    from tqcompress_kernels.step import Constants
+    from tqcompress_kernels.step import Side as SideConstants
+
+    from ._fused_ring import FusedRing
 
 FEW_QUERIES = 32  # columns (queries times query heads of a KV head) up to which codes are read directly
 
 
 @hookimpl(trylast=True)
-def tqcompress_backend(group, codecs, device):
+def tqcompress_backend(group: Group, codecs: Mapping[str, Codec], device: torch.device) -> Backend | None:
     """Fused kernels for groups on CUDA whose codecs tell their levels."""
     if device.type != "cuda":
         return None
-    group = FusedGroup(codecs["key"], codecs["value"], device)
-    reason = _obstacle(group.key, group.value)
-    return group.backend() if reason is None else Backend("torch", blockwise.attend, reason)
+    found = FusedGroup(codecs["key"], codecs["value"], device)
+    reason = _obstacle(found.key, found.value)
+    return found.backend() if reason is None else Backend("torch", blockwise.attend, reason)
 
 
 def _obstacle(*sides: "Side") -> str | None:
@@ -53,12 +65,13 @@ class Side:
     """Constants of one codec on its device, made at their first use."""
 
     def __init__(self, codec: Codec, device: torch.device):
-        self.codec, self.device, self.form = codec, device, codec.levels()
+        self.codec, self.device = codec, device
+        self.form: ScalarLevels | TrellisLevels = codec.levels()  # type: ignore[assignment]  # `_obstacle` refuses None
 
     @cached_property
     def planes(self) -> tuple[str, ...]:
         """Names of the fields that hold the codes, widest plane first; those of the first coordinates before others."""
-        if self.window:
+        if isinstance(self.form, TrellisLevels):
             return ("codes",)
         dim, wide = self.codec.shape.head_dim, self.form.wide
         first = tuple(plane_fields(wide.dim, wide.bits, "wide")) if wide else ()
@@ -67,7 +80,7 @@ class Side:
     @property
     def tables(self) -> list[Tensor]:
         """The levels of all codes."""
-        wide = None if self.window else self.form.wide
+        wide = None if isinstance(self.form, TrellisLevels) else self.form.wide
         return [self.form.levels, *([wide.levels] if wide else [])]
 
     @property
@@ -81,11 +94,11 @@ class Side:
         return self.form.levels.to(self.device).float()
 
     @cached_property
-    def wide(self):
+    def wide(self) -> "Wide | None":
         """What kernels need to know of the first coordinates, if these have levels of their own."""
         from tqcompress_kernels.packed import Wide, is_uniform
 
-        form = None if self.window else self.form.wide
+        form = None if isinstance(self.form, TrellisLevels) else self.form.wide
         if form is None:
             return None
         return Wide(form.dim, form.levels.to(self.device).float(), form.bits, form.step, is_uniform(form.levels))
@@ -101,7 +114,7 @@ class Side:
         return None if self.form.mean is None else self.form.mean.to(self.device).float().contiguous()
 
     @cached_property
-    def encoder(self):
+    def encoder(self) -> "AnyEncoder":
         """What `tqcompress_kernels.encode` needs to know."""
         from tqcompress_kernels.encode import encoder
         from tqcompress_kernels.encode_trellis import trellis_encoder
@@ -109,7 +122,7 @@ class Side:
         form = self.form
         mean = None if form.mean is None else form.mean.to(self.device)
         into, rest = form.into.to(self.device), (form.scale_format, form.norm_correction)
-        if self.window:
+        if isinstance(form, TrellisLevels):
             return trellis_encoder(into, mean, self.levels, form.step, form.bits, *rest)
         return encoder(into, mean, self.levels, *rest, self.wide)
 
@@ -121,25 +134,25 @@ class Side:
         return not self.window and is_uniform(self.form.levels)
 
     @cached_property
-    def lookup(self):
+    def lookup(self) -> "Lookup | str":
         """How the int8 kernel reads the codes, on the CPU, or why it cannot."""
         from tqcompress_kernels import lookups
 
-        if self.window:
-            form, shape = self.form, self.codec.shape
+        form, shape = self.form, self.codec.shape
+        if isinstance(form, TrellisLevels):
             of_keys = shape.side == "key"
             return lookups.trellis_lookup(form.levels, form.step, form.bits, shape.head_dim, registers=of_keys)
-        return lookups.lookup(self.form.levels, torch.device("cpu"), self.form.wide)
+        return lookups.lookup(form.levels, torch.device("cpu"), form.wide)  # type: ignore[arg-type]  # has all that is read
 
     @property
-    def constants(self):
+    def constants(self) -> "SideConstants":
         """What steps of one token need to know."""
         from tqcompress_kernels.step import Side as Constants
 
         own = self.levels, self.form.bits, self.form.step, self.uniform
         return Constants(*own, self.back, self.mean, self.encoder, self.window, self.wide)
 
-    def packed(self, store: TokenStore):
+    def packed(self, store: TokenStore) -> "Packed":
         """The stored tokens as kernels read them."""
         from tqcompress_kernels.packed import Packed
 
@@ -171,22 +184,23 @@ class FusedGroup:
         return fast.obstacle(self.key.lookup, self.value.lookup, self.key.codec.shape.head_dim, self.device)
 
     @cached_property
-    def split(self):
+    def split(self) -> Callable[..., None]:
         """The kernel that reads packed tokens."""
         from tqcompress_kernels import fast, plain
 
         if self.obstacle is not None:
             return plain.split
-        return fast.FastSplit(self.key.lookup.to(self.device), self.value.lookup.to(self.device))
+        key, value = (side.lookup.to(self.device) for side in (self.key, self.value))  # type: ignore[union-attr]  # no obstacle
+        return fast.FastSplit(key, value)
 
     @cached_property
-    def constants(self):
+    def constants(self) -> "Constants":
         """What steps of one token need to know."""
         from tqcompress_kernels.step import Constants
 
-        return Constants(*(side.constants for side in (self.key, self.value)), self.split)
+        return Constants(self.key.constants, self.value.constants, self.split)
 
-    def ring(self, states: Tensor, sinks: int, window: int):
+    def ring(self, states: Tensor, sinks: int, window: int) -> "FusedRing":
         """The exact tokens of a new cache."""
         from ._fused_ring import FusedRing
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, RecipeError, TensorSpec, hookimpl
 from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.registry import Registry
 
 BLOCK = 16
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1
@@ -20,6 +21,7 @@ class Nvfp4(Codec):
 
     name = "nvfp4"
     supported_bits = (4,)
+    magnitudes: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
@@ -47,7 +49,7 @@ class Nvfp4(Codec):
         """The numbers as float32; a scale that was too large as the largest."""
         codes = unpack(packed, 4, self.shape.head_dim)
         magnitude = self.magnitudes.index_select(0, (codes & 7).flatten()).view(codes.shape)
-        signed = torch.where(codes >= 8, -magnitude, magnitude).unflatten(-1, (-1, BLOCK))
+        signed: Tensor = torch.where(codes >= 8, -magnitude, magnitude).unflatten(-1, (-1, BLOCK))
         scale = packed["scale"].view(torch.float8_e4m3fn).float().nan_to_num(LARGEST)
         return (signed * scale[..., None]).flatten(-2)
 
@@ -57,6 +59,6 @@ class Nvfp4(Codec):
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `nvfp4`."""
     registry.add_codec(Nvfp4)

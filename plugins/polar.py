@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tqcompress import HeadShape, Layout, RecipeError, TensorSpec, hookimpl
 from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.registry import Registry
 from tqcompress.transform import TransformedCodec
 
 
@@ -25,6 +26,8 @@ class Polar(TransformedCodec):
 
     name = "polar"
     supported_bits = (1, 2, 3, 4)
+    borders: Tensor
+    points: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
@@ -88,6 +91,6 @@ def mean_radii(bits: int, dim: int) -> np.ndarray:
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `polar`."""
     registry.add_codec(Polar)

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqcompress import Field, HeadShape, Layout, TensorSpec, hookimpl
 from tqcompress.codebook import lloyd_max
 from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.registry import Registry
 from tqcompress.rotation import random_orthogonal
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
@@ -42,6 +43,9 @@ class Qjl(TransformedCodec):
 
     name = "qjl"
     Options = QjlOptions
+    options: QjlOptions
+    codebook: Tensor
+    sketch: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
@@ -86,6 +90,6 @@ def mean_magnitude(dim: int) -> float:
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `qjl`."""
     registry.add_codec(Qjl)

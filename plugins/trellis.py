@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tqcompress import Field, HeadShape, Layout, RecipeError, TensorSpec, TrellisLevels, hookimpl
 from tqcompress.constants import cached_constant
+from tqcompress.registry import Registry
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
 CHUNK_BYTES = 64 * 2**20  # of path costs, which bounds the memory that encoding takes
@@ -45,6 +46,8 @@ class Trellis(TransformedCodec):
     name = "trellis"
     supported_bits = (1, 2, 3, 4)
     Options = TrellisOptions
+    options: TrellisOptions
+    codebook: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
@@ -101,8 +104,8 @@ class Trellis(TransformedCodec):
 
 def pack_string(symbols: Tensor, bits: int) -> Tensor:
     """uint8 `[..., head_dim * bits / 8]`: the strings of the symbols `[..., head_dim]`."""
-    string = (symbols.to(torch.int32).unsqueeze(-1) >> _places(bits, symbols.device)) & 1
-    octets = string.flatten(-2).unflatten(-1, (-1, 8)) << _places(8, symbols.device)
+    string: Tensor = (symbols.to(torch.int32).unsqueeze(-1) >> _places(bits, symbols.device)) & 1
+    octets: Tensor = string.flatten(-2).unflatten(-1, (-1, 8)) << _places(8, symbols.device)
     return octets.sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
@@ -236,6 +239,6 @@ def shipped_table(states: int, bits: int) -> Tensor:
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `trellis`."""
     registry.add_codec(Trellis)

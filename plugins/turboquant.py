@@ -16,6 +16,7 @@ from tqcompress import HeadShape, Layout, RecipeError, ScalarLevels, TensorSpec,
 from tqcompress.codebook import e4m3_levels, grid_step, int8_levels, lloyd_max, uniform_levels
 from tqcompress.packing import look_up, pack, plane_fields
 from tqcompress.recipe import Outliers
+from tqcompress.registry import Registry
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
 INT8_BITS = (1, 2, 3, 4, 8)  # where levels are on an int8 grid unless the recipe says otherwise
@@ -37,6 +38,9 @@ class TurboQuant(TransformedCodec):
 
     name = "turboquant"
     Options = TurboQuantOptions
+    options: TurboQuantOptions
+    codebook: Tensor
+    wide_codebook: Tensor  # if `wide`
     splits = True
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
@@ -105,6 +109,6 @@ def _step(codebook: Tensor) -> float | None:
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Add `turboquant`."""
     registry.add_codec(TurboQuant)

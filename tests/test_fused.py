@@ -170,12 +170,13 @@ def test_it_appends_what_the_codec_encodes(spec):
     if codec.needs_statistics:
         codec.fit(moments(64))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 2, 90, 64, generator=generator)
+    parts = [20, 1, 9] if codec.name == "trellis" else [70, 1, 19]  # interpreted, a search takes long
+    x = torch.randn(2, 2, sum(parts), 64, generator=generator)
     want = codec.encode(x)
     codec = codec.to(HERE)
     store = TokenStore(codec.layout(), 2, 2, HERE)
     group = fused.FusedGroup(codec, codec, HERE)
-    for part in x.to(HERE).split([70, 1, 19], dim=2):
+    for part in x.to(HERE).split(parts, dim=2):
         store.reserve(part.shape[2])
         group.append(codec, part, store)
         store.length += part.shape[2]

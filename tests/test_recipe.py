@@ -25,7 +25,7 @@ def check(message: str, source: str, *parts: str) -> None:
 
 TOP = (
     "version, name, quantizer, key, value, keep, max_cache_len, rules, center, balance, outliers, budget, calibration, "
-    "tiers"
+    "guard, tiers"
 )
 RULE = "layers, heads, skip, quantizer, key, value"
 TURBOQUANT = "turboquant allows bits, quantizer, rotation, seed, center, balance"

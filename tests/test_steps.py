@@ -4,6 +4,7 @@ Kernels are interpreted on the CPU, compiled on CUDA.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from transformers import DynamicCache, StaticCache
 
 import tqcompress
 from tqcompress import ModelError
-from tqcompress.ring import RingLayer
-from tqcompress_kernels import plain
+from tqcompress.ring import BLOCK, RingLayer
+from tqcompress_kernels import plain, ring
 
 RECIPE = {
     "version": 1, "key": {"bits": 8, "center": False}, "value": {"bits": 8}, "keep": {"sinks": 3, "window": 60},
@@ -190,3 +191,25 @@ def test_generate_compiles_the_steps(name, graphs):
     assert out.equal(eager)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_the_guard_takes_its_turns_among_steps():
+    """Every 64th step goes the way of several tokens, so that what it encodes is looked at; nothing is lost."""
+    letters = lambda text, **_: SimpleNamespace(input_ids=[ord(letter) % 200 for letter in text[:500]])  # noqa: E731
+    guard = {"fraction": 1.0, "factor": 3.0, "tokens": 200, "action": "raise"}
+    ids, model = prompt(132), tiny_model("llama", **SMALL).to(DEVICE)
+    want = model(ids.to(DEVICE), use_cache=False).logits
+    tqcompress.apply(model, RECIPE | {"guard": guard}, tokenizer=letters)
+    got = steps(model, cache := make_cache("growing", model, 0), ids, prefill=126)
+    assert close(got, want)
+    layer = cache.layers[0]
+    # At the step from 128 tokens on all but the window was encoded; without a guard it would be the ring's 124.
+    assert layer.stepping and layer.get_seq_length() == 132 and layer.rings[0].packed(132) == 129 - 3 - 60 - 1
+    model.model.layers[0].self_attn.k_proj.weight *= 4
+    with pytest.raises(ModelError, match=r"layer 0, KV heads \[0\]: the error of turboquant keys is .* times"):
+        steps(model, make_cache("growing", model, 0), ids, prefill=126)  # no prompt long enough to be encoded
+
+
+def test_the_guard_knows_how_many_tokens_rings_encode_at_once():
+    assert ring.BLOCK.value == BLOCK

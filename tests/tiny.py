@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -19,6 +20,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 torch.set_num_threads(1)  # these models are too small for more
@@ -62,6 +64,11 @@ _CONFIGS = {
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "phi3": (Phi3Config, _SIZES | {"head_dim": 16}),
+    "cohere": (CohereConfig, _SIZES | {"use_qk_norm": True, "logit_scale": 1.0}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        _SIZES | {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1},
+    ),
 }
 
 
@@ -74,7 +81,8 @@ def tiny_config(name: str, **overrides) -> AutoConfig:
 def tiny_model(name: str, seed: int = 0, **overrides):
     """A seeded random model in float32 and evaluation mode."""
     torch.manual_seed(seed)
-    extra = {"experts_implementation": "eager"} if name == "gpt_oss" else {}  # the fused one has no float64
+    # Fused experts have no float64.
+    extra = {"experts_implementation": "eager"} if name in ("gpt_oss", "qwen3_moe") else {}
     model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), dtype=torch.float32, **extra)
     for key, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms, biases and attention sinks start as constants: give them something to say

@@ -5,9 +5,9 @@ tqcompress.save(model, "out")                # AutoModelForCausalLM.from_pretrai
 tqcompress.remove(model)
 """
 
-from .api import apply, load, remove, save
+from .api import apply, load, remove, save, verify
 from .codec import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, TrellisLevels, WideLevels
-from .errors import ArtifactError, ModelError, PluginError, RecipeError, TQCompressError
+from .errors import ArtifactError, ModelError, OutputError, PluginError, RecipeError, TQCompressError
 from .hf import TQCompressConfig
 from .hookspecs import hookimpl
 from .recipe import Recipe
@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "ModelError",
     "Options",
+    "OutputError",
     "PluginError",
     "Recipe",
     "RecipeError",
@@ -40,4 +41,5 @@ __all__ = [
     "remove",
     "run_ahead",
     "save",
+    "verify",
 ]

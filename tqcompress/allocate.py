@@ -12,22 +12,26 @@ better one is kept.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import nn
 
 from .compression import Compression
 from .errors import RecipeError, TQCompressError
 from .evaluate import divergences
-from .plan import SIDES, Plan
+from .plan import SIDES, Plan, Side
 from .recipe import Budget, Recipe
 from .resolve import Allocated
 from .view import LayerCodecs
 
-Slot = tuple[int, int, str]  # layer, KV head, side
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Slot = tuple[int, int, Side]  # layer, KV head, side
 Bits = dict[Slot, float]
 PARTS = ("layers", "heads", "sides")  # of a slot, in order
 HELD_OUT = 4  # windows that decide what is kept: their passes are few beside those that measure sensitivities
@@ -64,7 +68,7 @@ class Sizes:
     def __init__(self, budget: Budget, plan_of: Callable[[Allocated], Plan], source: str):
         """`plan_of` resolves the recipe, which `source` names in errors. Raises `RecipeError`."""
         self.choices = sorted(budget.choices)
-        self.of: dict[Slot, dict[int, float]] = {}
+        self.of: dict[Slot, dict[float, float]] = {}
         for choice in self.choices:
             slots: list[Slot] = []
             plan = plan_of(lambda *slot, bits=choice, seen=slots: seen.append(slot) or bits)
@@ -102,7 +106,7 @@ class Sizes:
         """Whether it is within the budget, but for rounding."""
         return self.total(bits) <= self.room + 1e-9 * self.values
 
-    def uniform(self) -> dict[tuple[int, int], Bits]:
+    def uniform(self) -> dict[tuple[float, float], Bits]:
         """Those of one number of bits for all keys and one for all values that fit, and of which none can be raised."""
         pairs = {}
         for pair in product(self.choices, repeat=2):
@@ -130,7 +134,7 @@ class Sizes:
                     break
         return bits
 
-    def _next(self, choice: int) -> int:
+    def _next(self, choice: float) -> float:
         return self.choices[min(self.choices.index(choice) + 1, len(self.choices) - 1)]
 
 
@@ -162,11 +166,12 @@ def solve(losses: np.ndarray, sizes: np.ndarray, room: float) -> list[int]:
     )
     if found.x is None:
         raise TQCompressError(f"budget: no choice of bits fits ({found.message})")
-    return found.x.reshape(count, choices).argmax(1).tolist()
+    chosen: list[int] = found.x.reshape(count, choices).argmax(1).tolist()
+    return chosen
 
 
 def allocate(
-    model: nn.Module,
+    model: "PreTrainedModel",
     recipe: Recipe,
     source: str,
     windows: Callable[[], list[torch.Tensor]],
@@ -185,7 +190,7 @@ def allocate(
 
     Raises `RecipeError` for a budget that nothing or everything fits, and if text or tokens are too few.
     """
-    budget = recipe.budget
+    budget: Budget = recipe.budget  # type: ignore[assignment]  # or this is not called
     sizes = Sizes(budget, plan_of, source)
     groups = units(sizes.of, budget.over)
     pairs = sizes.uniform()
@@ -205,7 +210,7 @@ def allocate(
     model.eval()
     try:
         progress(done, total)
-        kls = divergences(model, [search], [lambda b=bits: layers_of(b) for bits in pairs.values()], step)
+        kls = divergences(model, [search], [partial(layers_of, bits) for bits in pairs.values()], step)
         kl, pair = min(zip(kls, pairs, strict=True))
         base = pairs[pair]
         losses = _sensitivities(model, search, groups, sizes.choices, base, kl, plan_of, build, step)
@@ -213,7 +218,7 @@ def allocate(
         chosen = solve(losses, cost, sizes.room)
         allocated = {s: sizes.choices[i] for unit, i in zip(groups, chosen, strict=True) for s in unit}
         uniform = sizes.filled(base)
-        both = [lambda b=bits: layers_of(b) for bits in (allocated, uniform)]
+        both = [partial(layers_of, bits) for bits in (allocated, uniform)]
         allocated_kl, uniform_kl = divergences(model, held_out, both, step)
     finally:
         model.train(training)
@@ -229,7 +234,7 @@ def _answer(bits: Bits) -> Allocated:
     return lambda *slot: bits[slot]
 
 
-def _changes(groups: list[list[Slot]], choices: list[int], base: Bits) -> Iterable[tuple[int, int, Bits]]:
+def _changes(groups: list[list[Slot]], choices: list[float], base: Bits) -> Iterable[tuple[int, int, Bits]]:
     """Each unit and choice by their places, with the bits in which that unit alone is not as in `base`."""
     for row, unit in enumerate(groups):
         for column, choice in enumerate(choices):
@@ -238,10 +243,10 @@ def _changes(groups: list[list[Slot]], choices: list[int], base: Bits) -> Iterab
 
 
 def _sensitivities(
-    model: nn.Module,
+    model: "PreTrainedModel",
     window: torch.Tensor,
     groups: list[list[Slot]],
-    choices: list[int],
+    choices: list[float],
     base: Bits,
     kl: float,
     plan_of: Callable[[Allocated], Plan],
@@ -262,7 +267,7 @@ def _sensitivities(
         return layers | build(part).layers
 
     wanted = list(_changes(groups, choices, base))
-    found = divergences(model, [window], [lambda b=bits: changed(b) for _, _, bits in wanted], step)
+    found = divergences(model, [window], [partial(changed, bits) for _, _, bits in wanted], step)
     losses = np.zeros((len(groups), len(choices)))
     for (row, column, _), value in zip(wanted, found, strict=True):
         losses[row, column] = value - kl

@@ -43,7 +43,8 @@ def attend(
     def part(query: Tensor, scores_of: _Scores) -> tuple[Tensor, Tensor]:
         exact = _OnlineSoftmax(query)
         if alone:  # it sees them all: in one go
-            _add_exact(exact, query, *map(torch.cat, zip(view.sinks, view.recent, strict=True), (2, 2)), scores_of, 0)
+            keys, values = (torch.cat(parts, dim=2) for parts in zip(view.sinks, view.recent, strict=True))
+            _add_exact(exact, query, keys, values, scores_of, 0)
         else:
             _add_exact(exact, query, *view.sinks, scores_of, 0)
             _add_exact(exact, query, *view.recent, scores_of, sinks + view.packed)
@@ -73,7 +74,7 @@ def attend_exact(
 
 
 def _in_parts(
-    part: Callable,
+    part: "Callable[[Tensor, _Scores], tuple[Tensor, Tensor]]",
     query: Tensor,
     kv_heads: int,
     tokens: int,
@@ -94,7 +95,8 @@ def _in_parts(
 
 def _by_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A codec's function, which takes `[batch, kv_heads, n, head_dim]`, of `[batch, kv_heads, share, queries, ...]`."""
-    return function(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
+    found: Tensor = function(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
+    return found
 
 
 def _decoded(codec: Codec, packed: dict[str, Tensor], few: bool) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +108,7 @@ def _add_exact(
     softmax: "_OnlineSoftmax", query: Tensor, key: Tensor, value: Tensor, scores_of: "_Scores", offset: int
 ) -> None:
     """Take in ordinary keys and values, the first of which is token `offset`."""
-    seen = min(key.shape[2], scores_of.reach(query.shape[3]) - offset)
+    seen = int(min(key.shape[2], scores_of.reach(query.shape[3]) - offset))
     for start, stop in _blocks(seen, query):
         scores = scores_of(query, key[:, :, start:stop].float(), offset + start)
         softmax.add(scores, value[:, :, start:stop].float())
@@ -126,7 +128,7 @@ class _Scores:
 
     def __call__(self, query: Tensor, key: Tensor, start: int, factors: Tensor | None = None) -> Tensor:
         """`[batch, kv_heads, share, queries, block]` for query `[.., share, queries, d]` and keys `[.., block, d]`."""
-        scores = torch.matmul(query.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, query.shape[2:4])
+        scores: Tensor = torch.matmul(query.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, query.shape[2:4])
         if factors is not None:
             scores = scores * factors[:, :, None, None]
         if self.softcap is not None:
@@ -140,7 +142,7 @@ class _Scores:
             positions = torch.arange(self.first_query, self.first_query + scores.shape[3], device=scores.device)
             seen = torch.arange(start, stop, device=scores.device) <= positions[:, None]
             return scores.masked_fill(~seen, -torch.inf)
-        mask = self.mask[..., start:stop]
+        mask = self.mask[..., start:stop]  # type: ignore[index]  # None is causal
         mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, scores.shape[1:3])
         return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 

@@ -4,21 +4,25 @@ Tokens live in this order: sinks (exact) | packed | recent (exact). New tokens e
 left the window moves to the sinks until those are full, and is encoded, once, from then on.
 """
 
-import math
+from collections.abc import Callable
 from copy import copy, deepcopy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .codec import Codec
 from .errors import ModelError
+from .guard import Sentinel
 from .store import TokenStore
-from .view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
+from .view import GroupView, KVView, LayerCodecs, Pair, each, take_heads
+from .watch import CannotStore, Watch, fits_on_device, refuse_rows, refuse_states
 
 # Up to this many new tokens of one step are kept exact until the next step, so that rejecting a few drafts
 # (assisted decoding crops them) never reaches into what is already encoded.
 DRAFT_ROOM = 64
+
+Returned = Pair | tuple[KVView, KVView]  # what `update` returns: keys and values, or a view of both, twice
 
 
 class CompressedLayer(DynamicLayer):
@@ -35,12 +39,15 @@ class CompressedLayer(DynamicLayer):
         super().__init__()
         self.codecs, self.max_tokens, self.room = codecs, max_tokens, room
         self.stores: list[tuple[TokenStore, TokenStore]] = []
-        self.sinks: tuple[Tensor, Tensor] | None = None
-        self.recent: tuple[Tensor, Tensor] | None = None
+        self.sinks: Pair = None  # type: ignore[assignment]  # until there are tokens
+        self.recent: Pair = None  # type: ignore[assignment]  # likewise
         self.padding: Tensor | None = None  # `[batch]`: padding tokens on the left of the prompt, set before it comes
         self.order: Tensor | None = None  # `[batch, prompt]`: positions in the order stored, if that is another
+        self.watch: Watch | None = None  # where asking whether codes fit would wait for the device
+        self.watched = 0  # packed tokens that it was asked about
+        self.sentinel = Sentinel(codecs.guard) if codecs.guard else None
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = copy(self)
         memo[id(self)] = new
         memo[id(self.codecs)] = self.codecs  # a copied cache belongs to the same model
@@ -62,30 +69,38 @@ class CompressedLayer(DynamicLayer):
         capacity = max(0, (self.max_tokens or self.room) - self.codecs.sinks)
         self.stores = []
         for group in self.codecs.groups:
-            self.stores.append(
-                tuple(
-                    TokenStore(
-                        codec.to(self.device).layout(), key_states.shape[0], len(group.heads), self.device, capacity
-                    )
-                    for codec in (group.key, group.value)
-                )
+            key, value = (
+                TokenStore(codec.to(self.device).layout(), key_states.shape[0], len(group.heads), self.device, capacity)
+                for codec in (group.key, group.value)
             )
+            self.stores.append((key, value))
+        kernels = any(group.backend.append is not None for group in self.codecs.groups)
+        self.watch, self.watched = Watch(self.device) if kernels or self.device.type != "cpu" else None, 0
         self.is_initialized = True
 
-    @torch.compiler.disable  # Python-side lengths; generate() runs this layer eagerly
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Add tokens `[batch, kv_heads, tokens, head_dim]`; return what attention reads, twice."""
+    # Python-side lengths; generate() runs this layer eagerly.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives no types
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Returned:
+        """Add tokens `[batch, kv_heads, tokens, head_dim]`; return what attention reads, twice.
+
+        Raises `ModelError` for what is not finite, the cache being as it was; `verify` says when on other devices.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._look()
+        new = (key_states.detach(), value_states.detach())
+        if self.watch is None:
+            refuse_states(self.codecs, dict(zip(("keys", "values"), new, strict=True)))
         empty, count = self.get_seq_length() == 0, key_states.shape[2]
         self._release(keep=self.codecs.window)
-        new = (key_states.detach(), value_states.detach())
         if empty and self.padding is not None and count > self.codecs.sinks:
             self.order = _sinks_first(self.padding.to(self.device), self.codecs.sinks, count)
-            new = tuple(states.take_along_dim(self.order[:, None, :, None], dim=2) for states in new)
-        self.recent = tuple(torch.cat(pair, dim=2) for pair in zip(self.recent, new, strict=True))
+            order = self.order[:, None, :, None]
+            new = each(lambda states: states.take_along_dim(order, dim=2), new)
+        self.recent = each(lambda *states: torch.cat(states, dim=2), self.recent, new)
         returned = (key_states, value_states) if empty else (self._view(),) * 2
         self._release(keep=self.codecs.window + min(count, DRAFT_ROOM))
+        self._heed()
         return returned
 
     def note_prompt(self, shown: Tensor | None, padding: Tensor | None) -> None:
@@ -95,7 +110,7 @@ class CompressedLayer(DynamicLayer):
     def _view(self) -> KVView:
         groups = []
         for group, (key, value) in zip(self.codecs.groups, self.stores, strict=True):
-            exact = ((take_heads(k, group), take_heads(v, group)) for k, v in (self.sinks, self.recent))
+            exact = [(take_heads(k, group), take_heads(v, group)) for k, v in (self.sinks, self.recent)]
             groups.append(GroupView(group, key, value, key.length, *exact))
         return KVView(tuple(groups), self.codecs.num_kv_heads, self._positions(self.get_seq_length()))
 
@@ -112,20 +127,27 @@ class CompressedLayer(DynamicLayer):
         if excess <= 0:
             return
         to_sinks = min(excess, self.codecs.sinks - self.sinks[0].shape[2])
-        to_packed = (excess - to_sinks) // self.codecs.block * self.codecs.block
+        to_packed = 0 if self.exact else (excess - to_sinks) // self.codecs.block * self.codecs.block
         if to_packed:  # before the sinks: if it fails, the tokens are still where they were
-            self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
+            try:
+                self._encode(*(states.narrow(2, to_sinks, to_packed) for states in self.recent))
+            except CannotStore as error:
+                if self.sentinel is None or not self.sentinel.spares(error):
+                    raise
+                to_packed = 0
+        if not to_sinks and not to_packed:
+            return
         if to_sinks:
-            self.sinks = tuple(
-                torch.cat([sink, recent[:, :, :to_sinks]], dim=2)
-                for sink, recent in zip(self.sinks, self.recent, strict=True)
+            self.sinks = each(
+                lambda sink, recent: torch.cat([sink, recent[:, :, :to_sinks]], dim=2), self.sinks, self.recent
             )
         # Cloned, or a slice of a few tokens would keep a whole prefill alive.
-        self.recent = tuple(states[:, :, to_sinks + to_packed :].clone() for states in self.recent)
+        self.recent = each(lambda states: states[:, :, to_sinks + to_packed :].clone(), self.recent)
 
     @torch.no_grad()
     def _encode(self, keys: Tensor, values: Tensor) -> None:
-        encoded = []  # everything before anything is stored: an error leaves the cache as it was
+        # Everything before anything is stored: an error leaves the cache as it was.
+        encoded: list[tuple[TokenStore, dict[str, Tensor] | None]] = []
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
                 vectors = take_heads(states, group)
@@ -134,27 +156,69 @@ class CompressedLayer(DynamicLayer):
                     group.backend.append(codec, vectors, store)
                     encoded.append((store, None))
                 else:
-                    encoded.append((store, self._encoded(codec, group, vectors)))
-        for store, packed in encoded:
-            if packed is None:
+                    packed = codec.encode(vectors)
+                    encoded.append((store, packed))
+                    if self.watch is None:
+                        refuse_rows(self.codecs, group, codec, packed)
+        for store, rows in encoded:
+            if rows is None:
                 store.length += keys.shape[2]
             else:
-                store.append(packed, keys.shape[2])
+                store.append(rows, keys.shape[2])
+        self._watch_new()
+        if self.sentinel is not None and self.sentinel.wants():
+            self._sample(self.sentinel, keys, values)
 
-    def _encoded(self, codec: Codec, group: GroupCodecs, vectors: Tensor) -> dict[str, Tensor]:
-        packed = codec.encode(vectors)
-        # The largest magnitude is not a number if any is not: one operation, not the five of `isfinite().all()`.
-        if vectors.device.type == "cpu" and not (
-            math.isfinite(torch.linalg.vector_norm(vectors, math.inf)) and codec.fits(packed)
-        ):
-            # Only on a CPU: elsewhere the check would wait for the device.
-            raise ModelError(
-                f"layer {self.codecs.layer}, KV heads {[self.codecs.first_head + head for head in group.heads]}: "
-                f"{codec.name} cannot store these "
-                f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
-                "skip the layer in the recipe, or check the model's dtype"
-            )
-        return packed
+    def _sample(self, sentinel: Sentinel, keys: Tensor, values: Tensor) -> None:
+        """Have the sentinel compare what was just encoded with what is stored."""
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, states, store in zip((group.key, group.value), (keys, values), stores, strict=True):
+                first = store.length - keys.shape[2]
+                rows = lambda start, stop, store=store, first=first: store.read(first + start, first + stop)  # noqa: E731
+                sentinel.sample(codec, group.heads, take_heads(states, group), rows)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the guard has this layer keep everything exact from now on."""
+        return self.sentinel is not None and self.sentinel.exact
+
+    def _watch_new(self) -> None:
+        """Have the device check the codes stored since the last time, without waiting for it."""
+        if self.watch is None or self.stores[0][0].length <= self.watched:
+            return
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, store in zip((group.key, group.value), stores, strict=True):
+                fits = fits_on_device(codec, store, self.watched)
+                if fits is not None:
+                    self.watch.note(fits)
+        self.watched = self.stores[0][0].length
+
+    def _look(self) -> None:
+        """Raise `ModelError` if the host has heard of codes that do not hold what was encoded; never waits to hear."""
+        if self.watch is not None and bool(self.watch.arrived):
+            self.verify()
+        self._heed()
+
+    def _heed(self) -> None:
+        """Do what the guard was told to do about what its samples showed."""
+        if self.sentinel is not None and self.sentinel.due:
+            self.sentinel.heed()
+
+    def verify(self) -> None:
+        """Wait for the device, and raise `ModelError` if anything held is infinite, not a number or too large.
+
+        On a CPU nothing of the kind is ever held. Elsewhere it is found without this some steps after it was encoded.
+        """
+        if not self.is_initialized:
+            return
+        for name, i in (("keys", 0), ("values", 1)):
+            for states in (self.sinks[i], self.recent[i]):
+                refuse_states(self.codecs, {name: states})
+        for group, stores in zip(self.codecs.groups, self.stores, strict=True):
+            for codec, store in zip((group.key, group.value), stores, strict=True):
+                refuse_rows(self.codecs, group, codec, store.read())
+        if self.watch is not None:  # what raised the flag has been cropped
+            self.watch = Watch(self.device)
 
     def get_seq_length(self) -> int:
         """Tokens cached."""
@@ -186,8 +250,8 @@ class CompressedLayer(DynamicLayer):
         if left < sinks + packed:
             self._unpack_tail(max(0, left - sinks))
         keep = max(0, left - sinks - self.stores[0][0].length)
-        self.sinks = tuple(states[:, :, :left] for states in self.sinks)
-        self.recent = tuple(states[:, :, :keep] for states in self.recent)
+        self.sinks = each(lambda states: states[:, :, :left], self.sinks)
+        self.recent = each(lambda states: states[:, :, :keep], self.recent)
 
     def _unpack_tail(self, length: int) -> None:
         """Crop the stores to whole blocks within `length`, what is left of a block becomes recent again.
@@ -196,19 +260,22 @@ class CompressedLayer(DynamicLayer):
         """
         whole = length // self.codecs.block * self.codecs.block
         shape = (*self.recent[0].shape[:2], length - whole, self.recent[0].shape[3])
-        rest = tuple(states.new_empty(shape) for states in self.recent)
+        rest = each(lambda states: states.new_empty(shape), self.recent)
         for group, stores in zip(self.codecs.groups, self.stores, strict=True):
             for codec, store, states in zip((group.key, group.value), stores, rest, strict=True):
                 if length > whole:
                     decoded = codec.decode(store.read(whole, whole + self.codecs.block))
                     states[:, list(group.heads)] = decoded[:, :, : length - whole].to(states.dtype)
                 store.crop(whole)
-        self.recent = rest
+        self.recent, self.watched = rest, min(self.watched, whole)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.stores, self.sinks, self.recent, self.is_initialized = [], None, None, False
+        self.stores, self.is_initialized = [], False
+        self.sinks = self.recent = None  # type: ignore[assignment]  # as at first
         self.padding = self.order = None
+        if self.sentinel is not None:
+            self.sentinel = Sentinel(self.sentinel.guard, self.sentinel.grows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
@@ -230,11 +297,11 @@ class CompressedLayer(DynamicLayer):
         """Bring everything back to the layer's device."""
         self._map(lambda states: states.to(self.device, non_blocking=True))
 
-    def _map(self, function) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace all that has a batch, which is its first axis."""
         if not self.is_initialized:
             return
-        self.sinks, self.recent = (tuple(map(function, pair)) for pair in (self.sinks, self.recent))
+        self.sinks, self.recent = each(function, self.sinks), each(function, self.recent)
         if self.order is not None:
             self.order = function(self.order)
         for store in (store for pair in self.stores for store in pair):

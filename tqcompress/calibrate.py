@@ -2,23 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import attention
 from .errors import ArtifactError, ModelError, RecipeError, TQCompressError
-from .recipe import Calibration, Recipe
+from .output import replace_file
+from .recipe import Calibration, Guard, Recipe
 from .sharding import HeadShard
+from .strict_yaml import shown
 from .texts import load_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = "tqcompress statistics"
 NAME = "tqcompress_calibrate"  # the attention function that watches
@@ -54,7 +59,7 @@ class Statistics:
     source: dict[str, str | int] = field(default_factory=dict)  # text, tokens, length, seed, sha256 of the token ids
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, which appears whole or not at all. Raises `OutputError`."""
         tensors = {
             f"layers.{index}.{side}.{name}": getattr(moments, name).contiguous()
             for index, sides in self.layers.items()
@@ -63,7 +68,8 @@ class Statistics:
             if getattr(moments, name) is not None
         }
         count = str(next(iter(self.layers.values()))["key"].count)
-        save_file(tensors, path, {"format": FORMAT, "count": count, "source": json.dumps(self.source, sort_keys=True)})
+        metadata = {"format": FORMAT, "count": count, "source": json.dumps(self.source, sort_keys=True)}
+        replace_file(Path(path), to_bytes(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
@@ -72,25 +78,41 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path}: not a file of statistics: {error}") from None
+        except (OSError, SafetensorError, AttributeError) as error:
+            raise ArtifactError(f"{path}: not a file of statistics: {' '.join(str(error).split())}") from None
         if metadata.get("format") != FORMAT:
             raise ArtifactError(f"{path}: not a file of statistics; `tqcompress calibrate --out FILE` writes one")
         layers: dict[int, dict[str, Moments]] = {}
         found: dict[tuple[int, str], dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            _, index, side, moment = name.split(".")
-            found.setdefault((int(index), side), {})[moment] = tensor
-        for (index, side), moments in found.items():
-            layers.setdefault(index, {})[side] = Moments(int(metadata["count"]), **moments)
-        return cls(layers, json.loads(metadata["source"]))
+        try:
+            count, source = int(metadata["count"]), json.loads(metadata["source"])
+            for name, tensor in tensors.items():
+                _, index, side, moment = name.split(".")
+                found.setdefault((int(index), side), {})[moment] = tensor
+            for (index, side), moments in found.items():
+                layers.setdefault(index, {})[side] = _checked(Moments(count, **moments), side)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path}: the statistics are malformed: {shown(error)}") from None
+        return cls(layers, source)
+
+
+def _checked(moments: Moments, side: str) -> Moments:
+    """Raise `ValueError` if the shapes do not fit together, or a number is not finite."""
+    heads, dim = moments.mean.shape
+    squares = [moments.covariance] if side == "value" else [moments.covariance, moments.query]
+    if side not in ("key", "value") or any(x is None or x.shape != (heads, dim, dim) for x in squares):
+        raise ValueError(f"{side}: shapes that do not fit together")
+    for tensor in (moments.mean, *squares):
+        if tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{side}: {tensor.dtype} that should be finite float64")
+    return moments
 
 
 class Calibrator:
     """Takes the statistics that recipes ask for, each once for a model."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, progress: Callable[[str, int, int], None] | None = None
+        self, model: "PreTrainedModel", tokenizer: Any = None, progress: Callable[[str, int, int], None] | None = None
     ):
         self.model, self.tokenizer = model, tokenizer
         self.progress = progress or (lambda what, done, total: None)  # what goes on, the passes done, their number
@@ -107,13 +129,19 @@ class Calibrator:
             ids = self._ids(settings)
             taken = calibrate(self.model, ids, settings.tokens, settings.length, settings.seed, skip, show)
             name = Path(settings.text).name  # a machine's paths mean nothing elsewhere
-            self._taken[settings, skip] = replace(taken, source={"text": name} | taken.source)
+            self._taken[settings, skip] = replace(taken, source={"text": name, **taken.source})
         return self._taken[settings, skip]
 
     def other_windows(self, recipe: Recipe) -> list[Tensor]:
         """Token ids of the windows of the calibration text that statistics are not taken from, in a random order."""
         settings = _settings(recipe, "a budget needs a text to measure the model on")
         return choose_windows(self.model, self._ids(settings), settings.tokens, settings.length, settings.seed)[1]
+
+    def guard_ids(self, settings: Guard) -> Tensor:
+        """Token ids of the text that a guard measures on: its last ones, calibration beginning where it does."""
+        ids = torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return ids[-min(settings.tokens, limit or settings.tokens) :]
 
     def _ids(self, settings: Calibration) -> Tensor:
         return torch.tensor(self._tokenizer()(load_text(settings.text), verbose=False).input_ids)
@@ -137,7 +165,9 @@ class _Sums:
     """Running sums of one side of one layer: of x and x x^T, in float64 on the layer's device."""
 
     def __init__(self) -> None:
-        self.count, self.first, self.second = 0, 0.0, 0.0
+        self.count = 0
+        self.first: Tensor = 0.0  # type: ignore[assignment]  # until something is added
+        self.second: Tensor = 0.0  # type: ignore[assignment]  # likewise
 
     def add(self, x: Tensor) -> None:
         """Take in `[batch, heads, tokens, dim]`."""
@@ -165,11 +195,14 @@ class _Watcher:
         self.skip = skip
         self.sums: dict[int, tuple[_Sums, _Sums, _Sums]] = {}
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        sums = self.sums.setdefault(module.layer_idx, (_Sums(), _Sums(), _Sums()))
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        layer: int = module.layer_idx  # type: ignore[assignment]  # transformers' modules have it
+        sums = self.sums.setdefault(layer, (_Sums(), _Sums(), _Sums()))
         for total, x, name in zip(sums, (query, key, value), ("queries", "keys", "values"), strict=True):
             if not bool(x.isfinite().all()):
-                raise TQCompressError(f"calibration: layer {module.layer_idx}: {name} are not finite")
+                raise TQCompressError(f"calibration: layer {layer}: {name} are not finite")
             total.add(x[:, :, self.skip :].detach())
         return attention.attention_forward(module, query, key, value, *args, **kwargs)
 
@@ -187,7 +220,7 @@ class _Watcher:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
+    model: "PreTrainedModel",
     ids: Tensor,
     tokens: int = 65536,
     length: int = 2048,
@@ -210,18 +243,18 @@ def calibrate(
     if len(windows[0]) < skip + 2:
         raise TQCompressError(f"calibration: the text has {len(ids)} tokens; at least {skip + 2} are needed")
     watcher = _Watcher(skip)
-    with _watched(model, watcher):
+    with watched(model, watcher):
         for done, window in enumerate(windows):
             progress(done, len(windows))
             model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
         progress(len(windows), len(windows))
     digest = hashlib.sha256(used.to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
-    source = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
+    source: dict[str, str | int] = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
     return watcher.statistics(source, HeadShard.of(model))
 
 
 def choose_windows(
-    model: nn.Module, ids: Tensor, tokens: int, length: int, seed: int
+    model: "PreTrainedModel", ids: Tensor, tokens: int, length: int, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The windows of a text that `calibrate` uses, in the text's order, and the others, in the order of `seed`."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -244,8 +277,8 @@ def _settings(recipe: Recipe, why: str) -> Calibration:
 
 
 @contextmanager
-def _watched(model: nn.Module, watcher: _Watcher):
-    """The model in evaluation mode with the watcher as its attention."""
+def watched(model: "PreTrainedModel", watcher: attention.AttentionFunction) -> Iterator[None]:
+    """The model in evaluation mode with the watcher, a function like `attention_forward`, as its attention."""
     attention.register(NAME, watcher)
     training = model.training
     model.eval()
@@ -257,5 +290,5 @@ def _watched(model: nn.Module, watcher: _Watcher):
         attention.register(NAME, _refuse)  # keeps no statistics alive
 
 
-def _refuse(*args, **kwargs):
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise TQCompressError("calibration is over; choose another attention implementation")

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -27,6 +27,7 @@ from .errors import TQCompressError
 from .evaluate import evaluate, passes
 from .models import ALIASES, default_device, load_model, load_shape
 from .needle import retrieve
+from .output import replace_file
 from .recipe import Recipe, shipped_recipes
 from .records import Record, plain
 from .records import read as read_records
@@ -35,6 +36,9 @@ from .resolve import resolve
 from .shape import ModelShape
 from .texts import SHIPPED, load_text
 from .version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(pretty_exceptions_enable=False)
 console = Console()
@@ -151,8 +155,8 @@ def apply(
 
 
 def _planned(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     bar: Progress,
     step: TaskID,
     recipes: Sequence[str | Recipe],
@@ -182,7 +186,7 @@ def evaluate_command(
     """Perplexity, KL divergence and top-1 agreement of recipes against the uncompressed model."""
     named = recipes or []
     equal = suites.at_equal_bytes() if suite else {}
-    wanted = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
+    wanted: list[str | Recipe] = [*named, *(suites.shipped() if suite else []), *chain.from_iterable(equal.values())]
     if not wanted:
         raise TQCompressError("name recipes to measure, or give --suite")
     content = session.text_for(wanted, text)
@@ -248,10 +252,9 @@ def report_command(
 ) -> None:
     """Make a page of measurements: KL against bits, bits and errors of every layer and head, tables."""
     records = read_records(results)
-    content = page.render(records)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(content, encoding="utf-8")
-    console.print(f"{out}: {len(records)} measurements, {report.readable_size(len(content.encode()))}")
+    content = page.render(records).encode()
+    replace_file(out, content)
+    console.print(f"{out}: {len(records)} measurements, {report.readable_size(len(content))}")
 
 
 @app.command(name="calibrate")
@@ -274,7 +277,6 @@ def calibrate_command(
         step = bar.add_task(f"loading {model}", total=None)
         loaded, tokenizer = load_model(model, device, dtype)
         taken = session.calibrator(loaded, tokenizer, bar, step).statistics(recipe)
-    out.parent.mkdir(parents=True, exist_ok=True)
     taken.save(out)
     console.print(f"{out}: {len(taken.layers)} layers, {taken.source['tokens']} tokens of {text}")
 

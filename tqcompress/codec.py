@@ -5,10 +5,10 @@ registered with `register_state`, so it follows `.to(device)`, is saved and is c
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -158,6 +158,7 @@ class Codec(nn.Module):
     supported_bits: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
     splits: ClassVar[bool] = False  # whether bits between two supported ones are left to the subclass
     Options: ClassVar[type[BaseModel]] = Options
+    options: BaseModel  # an instance of `Options`
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__()
@@ -194,12 +195,12 @@ class Codec(nn.Module):
         """The tensors that the artifact holds, by name."""
         return dict(self.named_buffers())
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.half() must not round codebooks and rotations: move them, keep their dtype.
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor.new_empty(0)).device)
 
-        return super()._apply(move, recurse)
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call, no-any-return]  # torch gives no types
 
     def layout(self) -> Layout:
         """The fields stored for each token."""

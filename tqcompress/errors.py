@@ -2,7 +2,11 @@
 
 
 class TQCompressError(ValueError):
-    """Base of every error that tqcompress raises on bad input."""
+    """Base of every error that tqcompress raises on bad input. What cannot be printed in it is escaped."""
+
+    def __init__(self, message: str = ""):
+        line = " ".join(message.splitlines())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class RecipeError(TQCompressError):
@@ -19,3 +23,7 @@ class ArtifactError(TQCompressError):
 
 class PluginError(TQCompressError):
     """A plugin is broken, or two plugins claim the same name."""
+
+
+class OutputError(TQCompressError):
+    """An output cannot be written: a full disk, a missing permission. What was there before is unchanged."""

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import attention
@@ -21,6 +21,9 @@ from .compression import Compression
 from .errors import ModelError, TQCompressError
 from .plan import SIDES, Plan, packed_tokens
 from .view import KVView, LayerCodecs, take_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUERIES_AT_ONCE = 256  # bounds the score matrices of a window
 POSITIONS_AT_ONCE = 256  # bounds the log-probabilities compared at once
@@ -69,7 +72,7 @@ class Quality:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: "PreTrainedModel",
     ids: Tensor,
     compressions: dict[str, Compression],
     window_tokens: int = 2048,
@@ -109,7 +112,7 @@ def passes(tokens: int, window_tokens: int, compressions: int) -> int:
 
 @torch.no_grad()
 def divergences(
-    model: nn.Module,
+    model: "PreTrainedModel",
     windows: Sequence[Tensor],
     candidates: Sequence[Callable[[], dict[int, LayerCodecs]]],
     progress: Callable[[], None] = lambda: None,
@@ -140,7 +143,7 @@ def _windows(ids: Tensor, window_tokens: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _attention(model: nn.Module):
+def _attention(model: "PreTrainedModel") -> Iterator[None]:
     """The model with tqcompress's attention, which treats ordinary tensors as the model's own does."""
     attention.register()
     with attention.selected(model):
@@ -185,7 +188,8 @@ class _Tally:
             window_tokens=longest,
             sinks=plan.sinks,
             window=plan.window,
-            **{side: HeadMap(plan.head_bits(side), _errors(plan, losses, i)) for i, side in enumerate(SIDES)},
+            key=HeadMap(plan.head_bits("key"), _errors(plan, losses, 0)),
+            value=HeadMap(plan.head_bits("value"), _errors(plan, losses, 1)),
         )
 
 
@@ -207,7 +211,7 @@ def _errors(plan: Plan, losses: Losses, side: int) -> list[list[float | None]]:
     return table
 
 
-def _teacher_cache(model: nn.Module, layers: dict[int, LayerCodecs], losses: Losses | None = None) -> Cache:
+def _teacher_cache(model: "PreTrainedModel", layers: dict[int, LayerCodecs], losses: Losses | None = None) -> Cache:
     """A cache for one forward pass over a whole window; what its codecs lose is added to `losses`."""
     cache = DynamicCache(config=model.config)
     for index, codecs in layers.items():
@@ -222,7 +226,7 @@ class _TeacherLayer(DynamicLayer):
         super().__init__()
         self.codecs, self.losses = codecs, losses
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[KVView, KVView]:
         """See `_TeacherView`."""
         view = _TeacherView(self.codecs, key_states, value_states)
         if self.losses is not None and (lost := view.losses()) is not None:
@@ -254,9 +258,12 @@ class _TeacherView(KVView):
         for pair in zip(self.exact, self.decoded, strict=True):
             exact, decoded = (states.narrow(2, self.codecs.sinks, count) for states in pair)
             rows += [(exact - decoded).square().sum((0, 2, 3)), exact.square().sum((0, 2, 3))]
-        return torch.stack(rows).cpu().double().unflatten(0, (2, 2))
+        lost: Tensor = torch.stack(rows).cpu().double().unflatten(0, (2, 2))
+        return lost
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None):
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
         """As `KVView.attend`, for a whole causal window without padding."""
         if mask is not None:
             raise ModelError("evaluation reads one unpadded window at a time; it takes no attention mask")

@@ -6,17 +6,20 @@ A saved directory with weights is an ordinary model whose config names the quant
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .artifacts import FILE_NAME, replace_file
+from .artifacts import FILE_NAME
 from .errors import ArtifactError, ModelError
+from .output import replace_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "tqcompress"
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
@@ -30,7 +33,7 @@ class TQCompressConfig(QuantizationConfigMixin):
     its artifact holds everything.
     """
 
-    def __init__(self, recipe: Any = None, **kwargs):
+    def __init__(self, recipe: Any = None, **kwargs: Any):
         self.quant_method = METHOD
         self.recipe = recipe
 
@@ -39,7 +42,7 @@ class TQCompressConfig(QuantizationConfigMixin):
 class TQCompressQuantizer(HfQuantizer):
     """Attaches the compressed cache once the weights are loaded; the weights themselves stay as they are."""
 
-    def is_serializable(self, **kwargs) -> bool:
+    def is_serializable(self, **kwargs: Any) -> bool:
         """The model can be saved; `tqcompress.save` adds the artifact."""
         return True
 
@@ -53,10 +56,10 @@ class TQCompressQuantizer(HfQuantizer):
         """generate() may compile decoding steps; the cache says whether it can be."""
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs):
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from . import api
 
         if self.quantization_config.recipe is not None:
@@ -71,7 +74,7 @@ class TQCompressPointer(PreTrainedConfig):
 
     model_type = METHOD
 
-    def __init__(self, base_model_name_or_path: str | None = None, **kwargs):
+    def __init__(self, base_model_name_or_path: str | None = None, **kwargs: Any):
         self.base_model_name_or_path = base_model_name_or_path
         super().__init__(**kwargs)
 
@@ -82,7 +85,7 @@ class TQCompressPointerModel:
     config_class = TQCompressPointer
 
     @classmethod
-    def from_pretrained(cls, path: str, *args, config: TQCompressPointer, **kwargs) -> nn.Module:
+    def from_pretrained(cls, path: str, *args: Any, config: TQCompressPointer, **kwargs: Any) -> "PreTrainedModel":
         """The base model with the artifact of `path` attached; `kwargs` go to the base's from_pretrained."""
         from . import api
         from .models import find_model
@@ -91,6 +94,8 @@ class TQCompressPointerModel:
         kwargs.pop("adapter_kwargs", None)
         kwargs.pop("_from_auto", None)
         artifact = _find_artifact(path, where)
+        if not isinstance(config.base_model_name_or_path, str):
+            raise ArtifactError(f"{path}: config.json names no base_model_name_or_path; save it with tqcompress.save")
         base = find_model(config.base_model_name_or_path)
         kwargs.setdefault("dtype", config.dtype)
         model = AutoModelForCausalLM.from_pretrained(base.path, *args, **base.kwargs, **kwargs)
@@ -102,7 +107,7 @@ AutoConfig.register(METHOD, TQCompressPointer)
 AutoModelForCausalLM.register(TQCompressPointer, TQCompressPointerModel)
 
 
-def check_savable(model: nn.Module, weights: bool, base: str) -> None:
+def check_savable(model: "PreTrainedModel", weights: bool, base: str) -> None:
     """Raise `ModelError` for what `write_config` cannot write, before anything is written."""
     other = getattr(model.config, "quantization_config", None)
     if weights and other is not None and not isinstance(other, TQCompressConfig):
@@ -114,7 +119,7 @@ def check_savable(model: nn.Module, weights: bool, base: str) -> None:
         raise ModelError("the model was not loaded from anywhere; save with weights=True or name its base=")
 
 
-def write_config(model: nn.Module, path: Path, weights: bool, base: str) -> None:
+def write_config(model: "PreTrainedModel", path: Path, weights: bool, base: str) -> None:
     """Write `config.json`, or complete that of saved weights, so that from_pretrained finds the artifact beside it."""
     if weights:
         config = json.loads((path / "config.json").read_text())

@@ -6,36 +6,43 @@ token); where tokens are hidden besides, the mask says only which: bool `[batch,
 transformers' flash attention takes it. Any other mask is bool or additive `[batch, heads, queries, tokens]`.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 HIDDEN = -1e4  # an added number up to this one leaves a token no weight: exp(-104) is 0 in float32
+_sdpa_mask: Callable[..., Tensor | None] = sdpa_mask
 _UNREAD: set[int] = set()  # ids of the configs of models for which steps in caches of fixed size need no mask
 
 
-def unread(config, yes: bool) -> None:
+def unread(config: "PreTrainedConfig", yes: bool) -> None:
     """Whether steps of one token in a cache of fixed size need no mask: all full-attention layers know theirs."""
     (_UNREAD.add if yes else _UNREAD.discard)(id(config))
 
 
-def causal_mask(**options) -> Tensor | None:
+def causal_mask(**options: Any) -> Tensor | None:
     """As transformers' `sdpa_mask`, with the same arguments, but causal masks of several queries are as above."""
     queries = options["q_length"]
     plain = options.get("mask_function", causal_mask_function) is causal_mask_function
     if not plain or options.get("local_size"):
-        return sdpa_mask(**options)
+        return _sdpa_mask(**options)
     if queries == 1 and isinstance(options.get("q_offset"), Tensor) and id(options.get("config")) in _UNREAD:
         return None  # generate() would make one from dozens of small operations at every step
     if queries == 1 or not options.get("allow_is_causal_skip", True):
-        return sdpa_mask(**options)
-    padding = options.get("attention_mask")
+        return _sdpa_mask(**options)
+    padding: Tensor | None = options.get("attention_mask")
     if torch.compiler.is_compiling() or options.get("kv_offset", 0) or (padding is not None and padding.dim() != 2):
-        return sdpa_mask(**options)
+        return _sdpa_mask(**options)
     first, tokens = int(options.get("q_offset", 0)), options["kv_length"]
     width = first + queries
     if padding is not None and padding.shape[1] < width:  # the rest is hidden
-        return sdpa_mask(**options)
+        return _sdpa_mask(**options)
     if padding is not None and not bool(padding[:, :width].all()):
         return padding[:, :width].bool().contiguous()
     if first == 0 or width == tokens:
@@ -56,9 +63,11 @@ def dense(mask: Tensor, queries: int) -> Tensor | None:
     """
     if hides_nothing(mask):
         return None
-    if getattr(mask, "dense", None) is None or mask.dense.shape[2] != queries:
-        mask.dense = mask[:, None, None] & _causal(queries, mask.shape[1], mask.device)
-    return mask.dense
+    made: Tensor | None = getattr(mask, "dense", None)
+    if made is None or made.shape[2] != queries:
+        made = mask[:, None, None] & _causal(queries, mask.shape[1], mask.device)
+        mask.dense = made  # type: ignore[attr-defined]  # kept with the mask
+    return made
 
 
 def _causal(queries: int, tokens: int, device: torch.device) -> Tensor:
@@ -71,6 +80,10 @@ def same_for_all(mask: Tensor) -> bool:
     return mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1)
 
 
+@overload
+def simplest(mask: Tensor, queries: int, tokens: int) -> Tensor: ...
+@overload
+def simplest(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None: ...
 def simplest(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None:
     """A mask as `[batch or 1, tokens]` if it is causal and hides nothing else but the same tokens from all.
 
@@ -82,9 +95,11 @@ def simplest(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None:
     if queries == 1 and same_for_all(mask):
         return mask[:, 0, 0, :tokens]
     state = queries, tokens, None if mask.is_inference() else mask._version
-    if getattr(mask, "simplest", (None,))[0] != state:
-        mask.simplest = state, _visible(mask[..., :tokens], queries, tokens)
-    visible = mask.simplest[1]
+    made = getattr(mask, "simplest", (None, None))
+    if made[0] != state:
+        made = state, _visible(mask[..., :tokens], queries, tokens)
+        mask.simplest = made  # type: ignore[attr-defined]  # kept with the mask
+    visible: Tensor | None = made[1]
     return mask if visible is None else visible
 
 

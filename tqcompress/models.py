@@ -2,16 +2,20 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import ModelError, TQCompressError
 from .shape import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, device: str | None = None, dtype: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model `name` in evaluation mode, and its tokenizer.
 
     `device` defaults to CUDA where there is one, `dtype` to float32 on a CPU and the checkpoint's elsewhere.
@@ -94,7 +100,7 @@ def load_shape(name: str) -> ModelShape:
 
 
 @contextmanager
-def _loading(name: str):
+def _loading(name: str) -> Iterator[None]:
     """Turn transformers' ways of failing to load into a `ModelError` of one line."""
     try:
         yield

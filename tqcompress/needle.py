@@ -8,15 +8,19 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from . import api
 from .cache import CompressedLayer
 from .compression import Compression
 from .errors import TQCompressError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEEDLE = "\nThe secret number of {city} is {number}. Remember it.\n"
 QUESTION = "\nQuestion: What is the secret number of {city}?\nAnswer: The secret number of {city} is"
@@ -38,8 +42,8 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieve(
-    model: nn.Module,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     text: str,
     compressions: dict[str, Compression],
     lengths: list[int],
@@ -64,8 +68,8 @@ def retrieve(
     for length in lengths:
         found, dense = dict.fromkeys(compressions, 0), 0
         for i in range(depths * repeats):
-            ids, number = _prompt(tokenizer, hay, length, (i % depths + 0.5) / depths, generator)
-            ids = torch.tensor(ids, device=model.device)[None]
+            prompt, number = _prompt(tokenizer, hay, length, (i % depths + 0.5) / depths, generator)
+            ids = torch.tensor(prompt, device=model.device)[None]
             exact = _read(model, ids[:, :-1])
             if number in _answer(model, tokenizer, copy.deepcopy(exact), ids):
                 dense += 1
@@ -78,7 +82,9 @@ def retrieve(
             yield Retrieval(name, length, count, dense, depths * repeats)
 
 
-def _prompt(tokenizer, hay: list[int], length: int, depth: float, generator: random.Random) -> tuple[list[int], str]:
+def _prompt(
+    tokenizer: "PreTrainedTokenizerBase", hay: list[int], length: int, depth: float, generator: random.Random
+) -> tuple[list[int], str]:
     """Token ids of a prompt with a needle at a relative depth, and the number to find."""
     city, number = generator.choice(CITIES), str(generator.randint(10000, 99999))
     needle, question = (
@@ -94,7 +100,7 @@ def _prompt(tokenizer, hay: list[int], length: int, depth: float, generator: ran
     return [*start, *text[:cut], *needle, *text[cut:], *question], number
 
 
-def _read(model: nn.Module, ids: Tensor) -> DynamicCache:
+def _read(model: "PreTrainedModel", ids: Tensor) -> DynamicCache:
     """The uncompressed cache of a prompt."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for part in ids.split(READ_AT_ONCE, dim=1):
@@ -102,7 +108,7 @@ def _read(model: nn.Module, ids: Tensor) -> DynamicCache:
     return cache
 
 
-def _compressed(model: nn.Module, compression: Compression, exact: DynamicCache) -> Cache:
+def _compressed(model: "PreTrainedModel", compression: Compression, exact: DynamicCache) -> Cache:
     """A compressed cache of the same prompt."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     compression.compress_layers(cache)
@@ -114,10 +120,11 @@ def _compressed(model: nn.Module, compression: Compression, exact: DynamicCache)
     return cache
 
 
-def _answer(model: nn.Module, tokenizer, cache: Cache, ids: Tensor) -> str:
+def _answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cache: Cache, ids: Tensor) -> str:
     """What the model goes on with, greedily; the cache holds all but the last token of the prompt."""
     token, answer = ids[:, -1:], []
     for _ in range(ANSWER_TOKENS):
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         answer.append(int(token))
-    return tokenizer.decode(answer)
+    text: str = tokenizer.decode(answer)
+    return text

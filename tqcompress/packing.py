@@ -55,7 +55,7 @@ def unpack(packed: dict[str, Tensor], bits: int, count: int, name: str = "codes"
             plane = plane[..., :count]
         codes = plane if codes is None else codes | plane
         low += width
-    return codes
+    return codes  # type: ignore[return-value]  # of 1 bit or more
 
 
 def look_up(packed: dict[str, Tensor], bits: int, count: int, levels: Tensor, name: str = "codes") -> Tensor:

@@ -49,7 +49,7 @@ vanishes as the context grows. Made by tqcompress {__version__}.</p>
 """
 
 
-def _order(record: Record) -> tuple:
+def _order(record: Record) -> tuple[str | float, ...]:
     return (*map(str, record.place), record.budget or 0, record.format_bits, record.kl_mean)
 
 
@@ -75,7 +75,8 @@ percent, over all tokens that were packed; of keys with their mean, which centri
 
 def _div(figure: Any, name: str) -> str:
     settings = {"displaylogo": False, "responsive": True}
-    return plotly().io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=name, config=settings)
+    html: str = plotly().io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=name, config=settings)
+    return html
 
 
 def _undrawn(records: list[Record]) -> str:

@@ -51,7 +51,7 @@ class Plan:
     window: int
     exact: dict[int, str]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.groups:
             reasons = "; ".join(sorted(set(self.exact.values()))) or "the model has no layers"
             raise ModelError(f"{self.model.name}: nothing to compress, every layer stays exact ({reasons})")
@@ -128,7 +128,7 @@ class Plan:
 
         Layers whose cache holds no keys and values have no heads here.
         """
-        table = []
+        table: list[list[float]] = []
         for index, layer in enumerate(self.model.layers):
             row = [8.0 * dtype.itemsize] * (layer.num_kv_heads if layer.values_per_token else 0)
             for group in self.layer_groups(index):

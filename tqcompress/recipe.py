@@ -5,10 +5,9 @@ allowed. Keys whose implementation is not there yet are part of the schema and r
 """
 
 import re
-from collections.abc import Hashable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -16,7 +15,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     ValidationError,
     ValidationInfo,
@@ -25,6 +23,12 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .strict_yaml import MAX_BYTES, parse_yaml, shown, yaml_path
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+MAX_ERRORS = 8  # of one recipe that are told
 
 
 class _Model(BaseModel):
@@ -32,6 +36,8 @@ class _Model(BaseModel):
 
 
 Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]  # of tokens
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 
 class Side(BaseModel):
@@ -55,17 +61,17 @@ class Side(BaseModel):
 class Keep(_Model):
     """Tokens that stay exact: the first `sinks` and the last `window`."""
 
-    sinks: NonNegativeInt = 4
-    window: NonNegativeInt = 128
+    sinks: Count = 4
+    window: Count = 128
 
 
 def _check_version(given: Any) -> Any:
     if type(given) is not int or given != 1:  # True and 1.0 equal 1
-        raise ValueError(f"found {given!r}; allowed: 1")
+        raise ValueError(f"found {shown(given)}; allowed: 1")
     return given
 
 
-_LAYERS = re.compile(r"all|odd|even|-?\d+|\d+-\d+")
+_LAYERS = re.compile(r"all|odd|even|-?[0-9]{1,9}|[0-9]{1,9}-[0-9]{1,9}")
 
 
 def _check_layers(given: Any) -> Any:
@@ -73,7 +79,7 @@ def _check_layers(given: Any) -> Any:
         is_index = isinstance(selector, int) and not isinstance(selector, bool)
         if not is_index and not (isinstance(selector, str) and _LAYERS.fullmatch(selector)):
             raise ValueError(
-                f'found {selector!r}; allowed: an index, a range "a-b", odd, even, all, or a list of these'
+                f'found {shown(selector)}; allowed: an index, a range "a-b", odd, even, all, or a list of these'
             )
     if given == []:
         raise ValueError("found an empty list; allowed: leave the key out to mean all layers")
@@ -83,7 +89,7 @@ def _check_layers(given: Any) -> Any:
 def _check_heads(given: Any) -> Any:
     for head in given if isinstance(given, list) else [given]:
         if not isinstance(head, int) or isinstance(head, bool) or head < 0:
-            raise ValueError(f"found {head!r}; allowed: a KV head's index, 0 or more, or a list of these")
+            raise ValueError(f"found {shown(head)}; allowed: a KV head's index, 0 or more, or a list of these")
     if given == []:
         raise ValueError("found an empty list; allowed: leave the key out to mean all KV heads")
     return given
@@ -100,7 +106,7 @@ class Rule(_Model):
     value: Side | None = None
 
     @model_validator(mode="after")
-    def _says_one_thing(self):
+    def _says_one_thing(self) -> Self:
         changes = self.quantizer or any(side and side.says_something for side in (self.key, self.value))
         if self.skip and changes:
             raise ValueError("skip: true contradicts quantizer, key and value in the same rule; use one of them")
@@ -134,7 +140,7 @@ class Outliers(_Model):
     select: Literal["calibration", "listed"] | None = None  # what `channels` says anyway
 
     @model_validator(mode="after")
-    def _selects_as_channels_say(self):
+    def _selects_as_channels_say(self) -> Self:
         says = "listed" if isinstance(self.channels, list) else "calibration"
         if self.select not in (None, says):
             raise ValueError(f"select: found {self.select!r}; these channels are of select: {says}")
@@ -155,7 +161,7 @@ class Budget(_Model):
 
     @field_validator("over", "choices")
     @classmethod
-    def _each_once(cls, given: list) -> list:
+    def _each_once(cls, given: list[Any]) -> list[Any]:
         if len(set(given)) < len(given):
             raise ValueError(f"found {given}; allowed: each of them once")
         return given
@@ -174,7 +180,19 @@ class Calibration(_Model):
     text: Name
     tokens: PositiveInt = 65536
     length: PositiveInt = 2048
-    seed: int = 0
+    seed: Seed = 0
+
+
+class Guard(_Model):
+    """What watches over the codecs' errors, when a model is compressed and while it runs: see `guard.py`."""
+
+    text: Name = "wikitext-validation"  # measured on when the model is compressed, as `calibration.text`
+    tokens: Annotated[int, Field(ge=64, le=1 << 20)] = 512
+    limit: Annotated[float, Field(gt=0)] = 1.0  # of noise, as a share of what there is to store
+    weak: Literal["refuse", "more-bits"] = "refuse"  # what becomes of layers beyond it
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.0625  # of encodings that are looked at while the model runs
+    factor: Annotated[float, Field(gt=1)] = 4.0  # the error may be so many times what was measured
+    action: Literal["warn", "exact", "raise"] = "warn"
 
 
 class Tier(_Model):
@@ -201,12 +219,13 @@ class Recipe(_Model):
     outliers: Outliers | None = None
     budget: Budget | None = None
     calibration: Calibration | None = None
+    guard: Guard | None = None
     tiers: list[Tier] = []
 
     @field_validator("tiers")
     @classmethod
     def _only_what_is_implemented(cls, value: Any, info: ValidationInfo) -> Any:
-        if value != cls.model_fields[info.field_name].default:
+        if value != cls.model_fields[str(info.field_name)].default:
             raise ValueError("part of the schema but not implemented in this version; remove it")
         return value
 
@@ -216,10 +235,12 @@ class Recipe(_Model):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+            found = error.errors(include_url=False, include_context=False)
+            more = f"; and {len(found) - MAX_ERRORS} more" if len(found) > MAX_ERRORS else ""
+            raise RecipeError(f"{source}: " + "; ".join(map(_explain, found[:MAX_ERRORS])) + more) from None
 
     @classmethod
-    def load(cls, recipe: "Recipe | str | Path | dict") -> "Recipe":
+    def load(cls, recipe: "Recipe | str | Path | dict[str, Any]") -> "Recipe":
         """A recipe from a YAML file, the name of a shipped one, plain data, or a `Recipe` itself.
 
         Raises `RecipeError` if the file is missing, is not YAML, or breaks the schema.
@@ -228,23 +249,28 @@ class Recipe(_Model):
             return recipe
         if isinstance(recipe, dict):
             return cls.parse(recipe)
-        path = Path(recipe)
-        shipped = resources.files("tqcompress.recipes") / f"{recipe}.yaml"
-        if path.is_file():
-            text = path.read_bytes()
-        elif path.name == str(recipe) and shipped.is_file():
-            text = shipped.read_bytes()
-        else:
-            raise RecipeError(f"{recipe}: no such file; shipped recipes: {', '.join(shipped_recipes())}")
-        try:
-            data = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
-        return cls.parse(data, str(recipe))
+        return cls.parse(parse_yaml(_read(str(recipe)), str(recipe)), str(recipe))
 
     def dump(self) -> str:
         """The recipe as YAML that loads to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(exclude_defaults=True) | {"version": 1}, sort_keys=False)
+        text: str = yaml.safe_dump(self.model_dump(exclude_defaults=True) | {"version": 1}, sort_keys=False)
+        return text
+
+
+def _read(recipe: str) -> bytes:
+    """The file, or the shipped recipe of that name."""
+    path = Path(recipe)
+    shipped = resources.files("tqcompress.recipes") / f"{recipe}.yaml"
+    try:
+        if path.is_file():
+            if path.stat().st_size > MAX_BYTES:
+                raise RecipeError(f"{recipe}: found {path.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
+            return path.read_bytes()
+        if path.name == recipe and shipped.is_file():
+            return shipped.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{shown(recipe)}: cannot be read: {error.strerror}") from None
+    raise RecipeError(f"{shown(recipe, quotes=False)}: no such file; shipped recipes: {', '.join(shipped_recipes())}")
 
 
 def shipped_recipes() -> list[str]:
@@ -252,30 +278,7 @@ def shipped_recipes() -> list[str]:
     return sorted(p.name[:-5] for p in resources.files("tqcompress.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML would silently take the last)."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys others may override
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def yaml_path(*parts: str | int) -> str:
-    """`rules[1].key.bits` from its parts."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return path.lstrip(".")
-
-
-def _explain(error: dict) -> str:
+def _explain(error: "ErrorDetails") -> str:
     """One pydantic error as `path: what was found, what is allowed`."""
     model, parts = Recipe, []
     for part in error["loc"]:
@@ -292,7 +295,7 @@ def _explain(error: dict) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: found {error['input']!r}; allowed: {message}"
+    return f"{where}: found {shown(error['input'])}; allowed: {message}"
 
 
 def _child(model: Any, part: str | int) -> Any:

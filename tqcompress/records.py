@@ -14,9 +14,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .errors import TQCompressError
 from .evaluate import Quality
-from .recipe import yaml_path
+from .strict_yaml import shown, yaml_path
 
-VERSION = 1
+VERSION: Literal[1] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def _read(path: Path) -> list[Record]:
         data = json.loads(content)
     except OSError as error:
         raise TQCompressError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # JSON or UTF-8
         raise TQCompressError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, list) or not data or not all(isinstance(item, dict) for item in data):
         raise TQCompressError(f"{path}: not a file of results; `tqcompress eval --json` writes one")
@@ -73,14 +73,17 @@ def _read(path: Path) -> list[Record]:
         version = item.get("version")
         if version != VERSION or type(version) is not int:
             raise TQCompressError(
-                f"{path}: [{i}].version: found {version!r}; this tqcompress reads {VERSION}: run eval again, or upgrade"
+                f"{path}: [{i}].version: found {shown(version)}; this tqcompress reads {VERSION}: "
+                "run eval again, or upgrade"
             )
     try:
         records = TypeAdapter(list[Record]).validate_json(content)
     except ValidationError as error:
         first, more = error.errors()[0], error.error_count() - 1
         what = "unknown key" if first["type"] == "unexpected_keyword_argument" else first["msg"]
-        found = "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", found {first['input']!r:.40}"
+        found = (
+            "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", found {shown(first['input'])}"
+        )
         others = f"; and {more} more" if more else ""
         raise TQCompressError(f"{path}: {yaml_path(*first['loc'])}: {what}{found}{others}") from None
     for i, record in enumerate(records):

@@ -8,9 +8,11 @@ TQCOMPRESS_PLUGINS, a comma-separated list of entry-point names, limits the inst
 import importlib
 import os
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
+from typing import Any
 
 import pluggy
 
@@ -34,7 +36,7 @@ class Source:
 class Registry:
     """The quantizers that plugins added."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._codecs: dict[str, type[Codec]] = {}
 
     def add_codec(self, codec: type[Codec]) -> None:
@@ -66,7 +68,7 @@ class Registry:
 class Plugins:
     """All loaded plugins: `hook` calls them, `registry` holds what they added, `sources` lists them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.manager = pluggy.PluginManager("tqcompress")
         self.manager.add_hookspecs(hookspecs)
         self.hook = self.manager.hook
@@ -81,7 +83,7 @@ class Plugins:
         names = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
         for name in sorted(names):
             source = Source(name, "built-in")
-            self._add(source, lambda name=name: importlib.import_module(f"tqcompress.plugins.{name}"))
+            self._add(source, partial(importlib.import_module, f"tqcompress.plugins.{name}"))
 
     def _load_installed(self) -> None:
         allowed = os.environ.get(ALLOW_LIST)
@@ -94,7 +96,7 @@ class Plugins:
         for name in sorted((names or set()) - {point.name for point in found}):
             self.sources.append(Source(name, ALLOW_LIST, error="named in the variable but not installed"))
 
-    def _add(self, source: Source, load) -> None:
+    def _add(self, source: Source, load: Callable[[], Any]) -> None:
         """Load one plugin; a broken one is unregistered, recorded and named, never fatal."""
         self.sources.append(source)
         before, name = self.registry.names(), f"{source.origin}:{source.name}"

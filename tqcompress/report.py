@@ -62,7 +62,7 @@ def cost_table(plan: Plan) -> Table:
         table.add_column(column, justify="right")
     for row in costs(plan):
         table.add_row(
-            CONTEXTS[row["tokens"]], f"{row['effective_bits']:.3f}", f"{row['bytes_per_token']:,.0f}",
+            CONTEXTS[int(row["tokens"])], f"{row['effective_bits']:.3f}", f"{row['bytes_per_token']:,.0f}",
             readable_size(row["nbytes"]), readable_size(row["nbytes_bf16"]), f"{row['ratio_to_bf16']:.2f}x",
         )  # fmt: skip
     return table
@@ -128,7 +128,7 @@ def needle_table(results: list[Retrieval], text: str) -> Table:
     return table
 
 
-def section_title(results: list[Quality]) -> str:
+def section_title(results: Sequence[Quality]) -> str:
     """What the results of one budget of the suite have in common."""
     budget, exact = results[0].budget, {(r.sinks, r.window) for r in results}
     if budget is None:
@@ -170,12 +170,12 @@ def _layer_rows(compression: Compression, index: int) -> list[tuple[str, ...]]:
     if not groups:
         nbytes = shape.values_per_token * plan.model.dtype.itemsize
         return [("all", f"exact: {plan.exact[index]}", "", f"{nbytes:,.1f}", "transformers")]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for group, codecs in zip(groups, compression.layers[index].groups, strict=True):
         row = sum(plan.layout(group, side).nbytes_per_token for side in SIDES)
         heads = "all" if len(group.heads) == shape.num_kv_heads else ", ".join(map(str, group.heads))
-        nbytes = f"{len(group.heads) * row:,.1f}"
-        rows.append((heads, describe(group.key), describe(group.value), nbytes, codecs.backend.name))
+        size = f"{len(group.heads) * row:,.1f}"
+        rows.append((heads, describe(group.key), describe(group.value), size, codecs.backend.name))
     return rows
 
 

@@ -12,9 +12,10 @@ from .codec import HeadShape, TensorSpec
 from .errors import RecipeError
 from .plan import SIDES, Group, Plan, footprint
 from .plan import Side as SideName
-from .recipe import Recipe, Rule, Side, yaml_path
+from .recipe import Recipe, Rule, Side
 from .registry import plugins
 from .shape import ModelShape
+from .strict_yaml import shown, yaml_path
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class _Setting:
         except ValidationError as error:
             first = error.errors()[0]
             allowed = ["bits", "quantizer", *plugins().registry.codec(spec.quantizer).Options.model_fields]
-            key, *rest = first["loc"]
-            what = f"found {first['input']!r}; allowed: {first['msg'].removeprefix('Input should be ')}"
+            top, *inner = first["loc"]
+            what = f"found {shown(first['input'])}; allowed: {first['msg'].removeprefix('Input should be ')}"
             if first["type"] == "value_error":
                 what = first["msg"].removeprefix("Value error, ")
             elif first["type"] == "extra_forbidden":
-                what = "unknown key" if rest else f"unknown key; {spec.quantizer} allows {', '.join(allowed)}"
-            raise RecipeError(f"{source}: {yaml_path(paths.get(key, str(key)), *rest)}: {what}") from None
+                what = "unknown key" if inner else f"unknown key; {spec.quantizer} allows {', '.join(allowed)}"
+            raise RecipeError(f"{source}: {yaml_path(paths.get(str(top), str(top)), *inner)}: {what}") from None
         return spec
 
 
@@ -116,7 +117,7 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None, alloca
                     for side in settings
                 }
             settings = {side: settings[side].with_common(common[side]) for side in SIDES}
-            if recipe.budget is not None and not skipped:
+            if recipe.budget is not None and allocated is not None and not skipped:
                 for side in SIDES:
                     settings[side] = settings[side].with_bits(partial(allocated, index, head, side))
             pairs[skipped or _specs(settings, model, index, source)].append(head)
@@ -125,16 +126,18 @@ def resolve(recipe: Recipe, model: ModelShape, source: str | None = None, alloca
             exact[index] = f"skipped by {skips[-1]}"
             continue
         raw = TensorSpec("exact", 32)  # wide enough for any dtype; stored in the model's own
-        merged = defaultdict(list)  # two rules that skip heads make one exact group
-        for pair, heads in pairs.items():
-            merged[(raw, raw) if isinstance(pair, str) else pair] += heads
-        groups += [Group(index, tuple(sorted(heads)), *pair) for pair, heads in merged.items()]
+        merged: dict[tuple[TensorSpec, ...], list[int]] = defaultdict(
+            list
+        )  # two rules that skip heads make one exact group
+        for pair, members in pairs.items():
+            merged[(raw, raw) if isinstance(pair, str) else pair] += members
+        groups += [Group(index, tuple(sorted(members)), *pair) for pair, members in merged.items()]
     return Plan(model, tuple(groups), recipe.keep.sinks, recipe.keep.window, exact)
 
 
 def _common(recipe: Recipe, side: str, base: _Setting, source: str) -> dict[str, tuple[Any, str]]:
     """What `center`, `balance` and `outliers` mean for one side, as keys of its quantizer."""
-    wanted = {"center": (True, f"center.{side}")} if getattr(recipe.center, side) else {}
+    wanted: dict[str, tuple[Any, str]] = {"center": (True, f"center.{side}")} if getattr(recipe.center, side) else {}
     if recipe.balance != "none" and side == "key":
         wanted["balance"] = (recipe.balance, "balance")
     if recipe.outliers is not None:
@@ -159,7 +162,7 @@ def _defaults_to_none(quantizer: str) -> list[str]:
     return [key for key, field in fields.items() if not field.is_required() and field.default is None]
 
 
-def _specs(settings: dict[str, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:
+def _specs(settings: dict[SideName, _Setting], model: ModelShape, layer: int, source: str) -> tuple[TensorSpec, ...]:
     dim = model.layers[layer].head_dim
     return tuple(settings[side].spec(HeadShape(1, dim, side, model.dtype), source) for side in SIDES)
 

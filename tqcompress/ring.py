@@ -1,14 +1,20 @@
 """`RingLayer`: a compressed layer whose steps of one token go through kernels that know the length on the device."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from .cache import CompressedLayer
+from .cache import CompressedLayer, Returned
 from .errors import ModelError
 from .masks import in_stored_order, same_for_all, simplest
 from .store import replaced
-from .view import KVView, LayerCodecs, Pair, RingTokens, query_heads, take_heads
+from .view import KVView, LayerCodecs, Pair, RingTokens, each, query_heads, take_heads
+from .watch import Watch
+
+BLOCK = 64  # tokens that rings encode at once
 
 
 class RingLayer(CompressedLayer):
@@ -21,6 +27,8 @@ class RingLayer(CompressedLayer):
     def __init__(self, codecs: LayerCodecs, max_tokens: int | None = None, room: int = 0):
         super().__init__(codecs, max_tokens, room)
         self.fixed = max_tokens is not None
+        if self.sentinel is not None:
+            self.sentinel.grows = not self.fixed
         self.rings: list[RingTokens] = []
         self.stepping = False
         self.count = 0  # tokens while stepping, if the host knows: not with a fixed size
@@ -28,7 +36,7 @@ class RingLayer(CompressedLayer):
         self.visible: Tensor | None = None  # `[batch, >= tokens]`: the same in the order stored, read by the kernels
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]  # as in transformers' layers
         """Asked by generate() before it compiles the decoding steps."""
         return self.fixed and self.codecs.compiles
 
@@ -37,7 +45,8 @@ class RingLayer(CompressedLayer):
         super().lazy_initialization(key_states, value_states)
         self._make_rings(key_states)
         if self.fixed:
-            width = self.max_tokens + self.codecs.window + 256  # more than the kernels ever read
+            # More than the kernels ever read.
+            width = self.max_tokens + self.codecs.window + 256  # type: ignore[operator]  # fixed
             self.visible = torch.ones(key_states.shape[0], width, dtype=torch.bool, device=self.device)
             stores = (tensor for pair in self.stores for store in pair for tensor in store.buffers.values())
             for tensor in (self.visible, *stores, *(tensor for ring in self.rings for tensor in ring.buffers)):
@@ -45,34 +54,50 @@ class RingLayer(CompressedLayer):
 
     def _make_rings(self, states: Tensor) -> None:
         sizes = self.codecs.sinks, self.codecs.window
-        self.rings = [group.backend.ring(take_heads(states, group), *sizes) for group in self.codecs.groups]
+        self.rings = [
+            group.backend.ring(take_heads(states, group), *sizes)  # type: ignore[misc]  # there, as codecs.steps says
+            for group in self.codecs.groups
+        ]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Returned:
         """As `CompressedLayer.update`; a single token is kept when attention reads the `StepView` that is returned."""
-        if key_states.shape[2] == 1 and (self.stepping or self._starts()):
+        if not torch.compiler.is_compiling():
+            self._look()
+        if key_states.shape[2] == 1 and not self._sampled() and (self.stepping or self._starts()):
             return (StepView(self, (key_states, value_states)),) * 2
-        return self._update_many(key_states, value_states)
+        returned: Returned = self._update_many(key_states, value_states)
+        return returned
 
-    @torch.compiler.disable  # as CompressedLayer.update
-    def _update_many(self, key_states: Tensor, value_states: Tensor):
+    # As CompressedLayer.update.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives no types
+    def _update_many(self, key_states: Tensor, value_states: Tensor) -> Returned:
         self.leave()
         if self.fixed and self.is_initialized and not self.holds_tokens and self.batch != key_states.shape[0]:
             self.is_initialized = False
-        if self.fixed and self.get_seq_length() + key_states.shape[2] > self.max_tokens:
+        if self.fixed and self.get_seq_length() + key_states.shape[2] > self.max_tokens:  # type: ignore[operator]  # fixed
             raise ModelError(
                 f"layer {self.codecs.layer}: {self.get_seq_length()} tokens and {key_states.shape[2]} new ones are "
                 f"more than the cache's {self.max_tokens}; give a larger max_cache_len"
             )
-        returned = super().update(key_states, value_states)
+        returned: Returned = super().update(key_states, value_states)
         if self.fixed:
             self.enter()
             if isinstance(returned[0], KVView):
                 returned[0].note = self.note_visible
         return returned
 
+    def _sampled(self) -> bool:
+        """Whether the guard wants to see, now, what this step encodes: then it takes the way of several tokens."""
+        if self.sentinel is None or self.fixed or not self.stepping:
+            return False
+        if (self.count - self.codecs.layer * BLOCK) % (self.sentinel.every * BLOCK):
+            return self.exact
+        self.sentinel.ask()
+        return True
+
     def _starts(self) -> bool:
         """Whether the rings can take over for the first of some single tokens."""
-        if self.fixed or not self.holds_tokens:
+        if self.fixed or not self.holds_tokens or self.exact:
             return False
         self.enter()
         return True
@@ -80,11 +105,11 @@ class RingLayer(CompressedLayer):
     def enter(self) -> None:
         """Move the exact tokens into the rings."""
         for ring, group, stores in zip(self.rings, self.codecs.groups, self.stores, strict=True):
-            sinks, recent = (tuple(take_heads(x, group) for x in pair) for pair in (self.sinks, self.recent))
+            sinks, recent = ((take_heads(k, group), take_heads(v, group)) for k, v in (self.sinks, self.recent))
             ring.fill(sinks, recent, stores[0].length)
         if self.fixed:
             self._show()
-        self.count = None if self.fixed else self.get_seq_length()
+        self.count = None if self.fixed else self.get_seq_length()  # type: ignore[assignment]  # see `__init__`
         empty = self.sinks[0].new_empty(*self.sinks[0].shape[:2], 0, self.sinks[0].shape[3])
         self.sinks = self.recent = (empty, empty)
         self.stepping = True
@@ -98,13 +123,14 @@ class RingLayer(CompressedLayer):
         self.sinks, self.recent = (self._joined([part[i] for part in parts]) for i in (0, 1))
         self._count_packed(length)
         self.stepping = False
+        self._watch_new()
 
     def _joined(self, pairs: list[Pair]) -> Pair:
         """The heads of all groups, each in its place."""
         if len(pairs) == 1:
             return pairs[0]
         place = self._order(1)
-        return tuple(torch.cat(parts, dim=1)[:, place] for parts in zip(*pairs, strict=True))
+        return each(lambda *parts: torch.cat(parts, dim=1)[:, place], *pairs)
 
     def _order(self, share: int) -> list[int]:
         """Where each head is among those of all groups, one group after the other; `share` heads for each KV head."""
@@ -133,7 +159,7 @@ class RingLayer(CompressedLayer):
         """Whether there are any; never asks the device."""
         return self.stepping or super().get_seq_length() > 0
 
-    def get_seq_length(self) -> "int | Tensor":
+    def get_seq_length(self) -> "int | Tensor":  # type: ignore[override]  # as in transformers' layers
         """Tokens cached; on the device while a layer of fixed size steps, as in transformers' `StaticLayer`."""
         if self.stepping:
             return self.rings[0].length if self.fixed else self.count
@@ -141,7 +167,8 @@ class RingLayer(CompressedLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How wide a mask is, and where it begins."""
-        return (self.max_tokens, 0) if self.fixed else super().get_mask_sizes(query_length)
+        sizes: tuple[int, int] = (self.max_tokens, 0) if self.fixed else super().get_mask_sizes(query_length)  # type: ignore[assignment]  # fixed
+        return sizes
 
     def attend(
         self, new: Pair | None, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
@@ -153,14 +180,15 @@ class RingLayer(CompressedLayer):
         for group, ring, stores in zip(self.codecs.groups, self.rings, self.stores, strict=True):
             pair, part = new, query
             if len(self.rings) > 1:
-                pair = None if new is None else tuple(take_heads(states, group) for states in new)
+                pair = None if new is None else (take_heads(new[0], group), take_heads(new[1], group))
                 part = query[:, query_heads(group, share)]
             found.append(ring.step(stores, part, pair, self.count, visible, scaling, softcap))
         if not self.fixed and new is not None:
             self.count += 1
-        return found[0] if len(found) == 1 else tuple(
-            torch.cat(parts, dim=1)[:, self._order(share)] for parts in zip(*found, strict=True)
-        )  # fmt: skip
+        if len(found) == 1:
+            return found[0]
+        output, lse = (torch.cat(parts, dim=1)[:, self._order(share)] for parts in zip(*found, strict=True))
+        return output, lse
 
     @staticmethod
     def _is_special(mask: Tensor) -> bool:
@@ -170,7 +198,8 @@ class RingLayer(CompressedLayer):
     def _view_with(self, new: Pair | None) -> KVView:
         """What several tokens at once are read from, after a new one."""
         if new is not None:
-            return self._update_many(*new)[0]
+            view: KVView = self._update_many(*new)[0]
+            return view
         self.leave()
         view = self._view()
         if self.fixed:
@@ -184,7 +213,11 @@ class RingLayer(CompressedLayer):
             if mask is not None and not torch.compiler.is_compiling():
                 self.note_step(simplest(mask, 1, mask.shape[-1]), grows)
             return None if self.shown is None else self.visible
-        coming = self.rings[0].packed(self.count + 1) - self.rings[0].packed(self.count)
+        packed = self.rings[0].packed(self.count)
+        coming = self.rings[0].packed(self.count + 1) - packed
+        if packed > self.watched:
+            self._count_packed(self.count)
+            self._watch_new()
         if grows and coming:
             self._count_packed(self.count)
             for store in (store for pair in self.stores for store in pair):
@@ -196,13 +229,13 @@ class RingLayer(CompressedLayer):
         row, *made = getattr(mask, "row", (None, None, None))
         if row is None or row.made is not made[0] or made[1] != state:
             row = self._row(mask, state[0])
-            row.made = object()
-            mask.row = row, row.made, state
+            row.made = object()  # type: ignore[attr-defined]  # kept with the row
+            mask.row = row, row.made, state  # type: ignore[attr-defined]  # kept with the mask
         return row
 
     def _row(self, mask: Tensor, tokens: int) -> Tensor:
         """The mask of a query, bool `[batch, >= tokens]` in the order stored, at a place that stays."""
-        row = in_stored_order(simplest(mask, 1, tokens), self._positions(tokens), tokens)
+        row: Tensor = in_stored_order(simplest(mask, 1, tokens), self._positions(tokens), tokens)  # type: ignore[assignment]  # no step's mask is `hides_nothing`
         if self.visible is None or self.visible.shape[0] != self.batch or self.visible.shape[1] < tokens:
             self.visible = row.new_ones(self.batch, tokens + max(tokens // 8, 1024))
         self.visible[:, :tokens] = row
@@ -229,8 +262,9 @@ class RingLayer(CompressedLayer):
             return
         shown = self.shown.to(self.device)
         place = self._positions(shown.shape[1])
-        self.visible.fill_(True)
-        self.visible[:, : shown.shape[1]] = shown if place is None else shown.gather(1, place)
+        visible: Tensor = self.visible  # type: ignore[assignment]  # there with a fixed size
+        visible.fill_(True)
+        visible[:, : shown.shape[1]] = shown if place is None else shown.gather(1, place)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As `CompressedLayer.crop`."""
@@ -238,6 +272,16 @@ class RingLayer(CompressedLayer):
         super().crop(tokens_to_remove)
         if self.fixed and self.holds_tokens:
             self.enter()
+
+    def verify(self) -> None:
+        """As `CompressedLayer.verify`."""
+        stepping = self.stepping
+        self.leave()
+        try:
+            super().verify()
+        finally:
+            if stepping:
+                self.enter()
 
     def reset(self) -> None:
         """Forget all tokens. Buffers of a fixed size stay."""
@@ -247,11 +291,12 @@ class RingLayer(CompressedLayer):
         else:
             for store in (store for pair in self.stores for store in pair):
                 store.crop(0)
-            self.sinks = self.recent = tuple(states[:, :, :0] for states in self.sinks)
+            self.sinks = self.recent = each(lambda states: states[:, :, :0], self.sinks)
             self.padding = self.order = self.shown = None
+            self.watch, self.watched = Watch(self.device), 0
         self.stepping = False
 
-    def _map(self, function) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         super()._map(function)
         if self.is_initialized:
             self.shown = None if self.shown is None else function(self.shown)
@@ -273,7 +318,8 @@ class StepView(KVView):
     """What `RingLayer.update` returns for one token: attention appends it and attends, in one go."""
 
     def __init__(self, layer: RingLayer, new: Pair):
-        self.layer, self.new = layer, new
+        self.layer = layer
+        self.new: Pair | None = new
 
     def attend(
         self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
@@ -286,8 +332,8 @@ class StepView(KVView):
 class ExactLayer(StaticLayer):
     """A `StaticLayer` beside compressed ones: a prompt attends to itself, not to the whole buffer."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """As `StaticLayer`, but an update of the empty layer returns what it was given."""
         first = not self.is_initialized
-        kept = super().update(key_states, value_states, *args, **kwargs)
+        kept: Pair = super().update(key_states, value_states, *args, **kwargs)
         return (key_states, value_states) if first else kept

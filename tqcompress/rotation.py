@@ -43,7 +43,8 @@ def random_orthogonal(dim: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).to(torch.float32)
+    matrix: Tensor = q * r.diagonal().sign()
+    return matrix.to(torch.float32)
 
 
 class Rotation:

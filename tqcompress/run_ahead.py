@@ -5,7 +5,7 @@ prepares the next step: more than a millisecond for a large model. Here the answ
 step and read after the next one was begun. A sequence that ends itself costs one step more, which is taken back.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,19 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
 
 @torch.no_grad()
 def run_ahead(
-    model,
+    model: "PreTrainedModel",
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    streamer=None,
+    streamer: "BaseStreamer | None" = None,
     **model_kwargs: Any,
 ) -> "Tensor | GenerateDecoderOnlyOutput":
     """Greedy decoding or sampling for `model.generate(..., custom_generate=tqcompress.run_ahead)`.
@@ -40,8 +44,8 @@ def run_ahead(
     pad = config._pad_token_tensor.to(input_ids.device) if has_eos else None
     compiled = model._valid_auto_compile_criteria(model_kwargs, config)
     forward = model.get_compiled_call(config.compile_config) if compiled else model.__call__
-    scores = () if config.return_dict_in_generate and config.output_scores else None
-    logits = () if config.return_dict_in_generate and config.output_logits else None
+    scores: tuple[Tensor, ...] | None = () if config.return_dict_in_generate and config.output_scores else None
+    logits: tuple[Tensor, ...] | None = () if config.return_dict_in_generate and config.output_logits else None
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
 
     outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=True)
@@ -56,7 +60,7 @@ def run_ahead(
         chosen = logits_processor(input_ids, last)
         scores, logits = scores if scores is None else (*scores, chosen), logits if logits is None else (*logits, last)
         tokens = torch.multinomial(chosen.softmax(-1), 1)[:, 0] if config.do_sample else chosen.argmax(-1)
-        if has_eos:
+        if pad is not None:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         unfinished = unfinished & ~stopping_criteria(input_ids, scores)
@@ -90,7 +94,7 @@ def _check(config: GenerationConfig) -> None:
 class _Stop:
     """Whether all sequences were finished a step ago, or, if not `late`, now; the streamer gets tokens as late."""
 
-    def __init__(self, streamer, late: bool):
+    def __init__(self, streamer: "BaseStreamer | None", late: bool):
         self.streamer, self.late = streamer, late
         self.too_late = False  # one step was made that nobody asked for
         self.pending: tuple[Tensor, Tensor, torch.Event | None] | None = None
@@ -105,7 +109,7 @@ class _Stop:
     def finish(self) -> None:
         """Hand over the tokens of the last step."""
         if self.late and not self.too_late:
-            self._read(self.pending)
+            self._read(self.pending)  # type: ignore[arg-type]  # a step was made
         if self.streamer is not None:
             self.streamer.end()
 

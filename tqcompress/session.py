@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -13,8 +13,12 @@ from transformers.utils import logging
 from .calibrate import Calibrator
 from .compression import Compression
 from .errors import RecipeError, TQCompressError
+from .output import replace_file
 from .recipe import Recipe
 from .texts import load_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT = "In one short paragraph: what does the text above say about how laws are made?"
 
@@ -27,7 +31,9 @@ def progress() -> Progress:
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
 
 
-def calibrator(model: Any, tokenizer: Any, bar: Progress, step: TaskID) -> Calibrator:
+def calibrator(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", bar: Progress, step: TaskID
+) -> Calibrator:
     """One that shows its progress as the task `step`."""
 
     def show(what: str, done: int, total: int) -> None:
@@ -52,7 +58,7 @@ def text_for(recipes: Sequence[str | Recipe], text: str) -> str:
     return content
 
 
-def default_window(model: Any) -> int:
+def default_window(model: "PreTrainedModel") -> int:
     """Tokens of a window to measure in: 2048, or the model's context if that is shorter."""
     return min(2048, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 2048))
 
@@ -86,12 +92,12 @@ def text_name(text: str) -> str:
     return Path(text).name if Path(text).is_file() else text
 
 
-def token_ids(tokenizer: Any, content: str, max_tokens: int) -> torch.Tensor:
+def token_ids(tokenizer: "PreTrainedTokenizerBase", content: str, max_tokens: int) -> torch.Tensor:
     """The first token ids of a text, without special tokens."""
     return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids[:max_tokens])
 
 
-def prompt_inputs(tokenizer: Any, prompt: str | None) -> Any:
+def prompt_inputs(tokenizer: "PreTrainedTokenizerBase", prompt: str | None) -> Any:
     """The prompt as a chat message where the tokenizer has a chat template.
 
     The default one is long enough that most of its cache is compressed: a short prompt fits the window.
@@ -104,12 +110,13 @@ def prompt_inputs(tokenizer: Any, prompt: str | None) -> Any:
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
+def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", inputs: Any, max_new_tokens: int) -> str:
     """What the model answers, greedily."""
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+    answer: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return answer.strip()
 
 
 def count(text: str, name: str = "tokens") -> int:
@@ -123,5 +130,4 @@ def count(text: str, name: str = "tokens") -> int:
 def write_json(path: Path | None, data: Any) -> None:
     """Write `data`, if there is a file to write it to."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, f"{json.dumps(data, indent=2)}\n".encode())

@@ -5,12 +5,15 @@ same. What one process needs of them is chosen by its `HeadShard`, and nowhere e
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")  # modules whose output holds the keys
 
@@ -24,7 +27,7 @@ class HeadShard:
     group: Any = None  # their process group
 
     @classmethod
-    def of(cls, model: nn.Module) -> "HeadShard":
+    def of(cls, model: "PreTrainedModel") -> "HeadShard":
         """The shard of a model that transformers loaded with `tp_plan`; all heads of any other model.
 
         Some architectures gather their projections (Phi-3, OLMo 2): every process then holds all heads.
@@ -56,11 +59,11 @@ class HeadShard:
         return torch.cat(parts)
 
 
-def is_shared(model: nn.Module) -> bool:
+def is_shared(model: "PreTrainedModel") -> bool:
     """Whether transformers spread the model over several processes."""
     return getattr(model, "_device_mesh", None) is not None
 
 
-def writes_files(model: nn.Module) -> bool:
+def writes_files(model: "PreTrainedModel") -> bool:
     """Whether this process is the one that writes: the first of those that share a model."""
     return not is_shared(model) or torch.distributed.get_rank() == 0

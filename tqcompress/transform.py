@@ -17,9 +17,10 @@ Subclasses may give the first coordinates of the stored basis more bits (`wide`)
 are chosen in the basis before the rotation, which is then one of each part. See `parts`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field as Bounds
 from torch import Tensor
 
 from .calibrate import Moments
@@ -41,7 +42,7 @@ class TransformedOptions(Options):
     """Recipe keys of every quantizer of this kind."""
 
     rotation: Literal["hadamard", "dense", "identity"] = "hadamard"
-    seed: int = 0
+    seed: Annotated[int, Bounds(ge=-(1 << 63), lt=1 << 63)] = 0
     center: bool = False
     balance: Literal["none", "diagonal", "key"] = "none"
     scale: Literal["fp16", "log8"] = "fp16"
@@ -57,13 +58,18 @@ class TransformedCodec(Codec):
     """
 
     Options = TransformedOptions
+    options: TransformedOptions
+    mean: Tensor  # with `options.center`
+    into: Tensor  # and `back`, if `measured`
+    back: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)
         options, dim = self.options, shape.head_dim
         if options.balance != "none" and shape.side == "value":
             raise RecipeError(f"balance: found {options.balance!r}; only keys can be balanced")
-        self.wide, self.wide_bits, self.outlying = 0, self.bits + 1, getattr(options, "outliers", None)
+        self.wide, self.wide_bits = 0, self.bits + 1
+        self.outlying: Outliers | None = getattr(options, "outliers", None)
         if self.outlying:
             self._set_outliers(self.outlying)
         elif spec.bits != self.bits:
@@ -148,7 +154,7 @@ class TransformedCodec(Codec):
         if not self.options.center:
             spread = spread + moments.mean[:, :, None] * moments.mean[:, None, :]
         if self.options.balance != "none":
-            matrix = balancing(spread, moments.query, self.options.balance)
+            matrix = balancing(spread, moments.query, self.options.balance)  # type: ignore[arg-type]  # keys have one
         else:
             matrix = torch.eye(self.shape.head_dim).to(spread).expand_as(spread)
         if self.outlying:
@@ -186,7 +192,9 @@ class TransformedCodec(Codec):
         """float32 `[head_dim, head_dim]`: the rotation, or one of the outliers and one of the other channels."""
         sizes = (self.wide, self.shape.head_dim - self.wide) if self.outlying else (self.shape.head_dim,)
         kind, seed = self.options.rotation, self.options.seed
-        return torch.block_diag(*(Rotation.matrix(Rotation.state(kind, size, seed), size) for size in sizes))
+        parts = (Rotation.matrix(Rotation.state(kind, size, seed), size) for size in sizes)
+        matrix: Tensor = torch.block_diag(*parts)
+        return matrix
 
     def _encode_scale(self, scale: Tensor) -> Tensor:
         if self.options.scale == "fp16":

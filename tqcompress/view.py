@@ -1,8 +1,8 @@
 """What a cache layer hands to attention: its packed rows and exact tokens, group by group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from .codec import Codec
 from .masks import in_stored_order, shown_by, simplest
 from .store import TokenStore
+
+if TYPE_CHECKING:
+    from .guard import LayerGuard
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
@@ -95,6 +98,7 @@ class LayerCodecs:
     steps: bool  # whether steps of one token go through rings
     first_head: int = 0  # the number in the model of the head that is 0 here
     compiles: bool = True  # whether steps in a cache of fixed size may be compiled
+    guard: "LayerGuard | None" = None  # what watches over the codecs' errors
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class GroupView:
     key: TokenStore
     value: TokenStore
     packed: int  # tokens; the stores may grow after the view was made
-    sinks: tuple[Tensor, Tensor]  # exact keys and values [batch, heads, tokens, head_dim]
-    recent: tuple[Tensor, Tensor]
+    sinks: Pair  # exact keys and values [batch, heads, tokens, head_dim]
+    recent: Pair
 
 
 class KVView:
@@ -148,6 +152,12 @@ class KVView:
             f"a compressed KV cache was read as a tensor (.{name}) by another attention implementation; "
             'use model.set_attn_implementation("tqcompress") or tqcompress.remove(model)'
         )
+
+
+def each(function: Callable[..., Tensor], *pairs: Iterable[Tensor]) -> Pair:
+    """What `function` makes of the keys of one or more pairs, and of their values."""
+    keys, values = map(function, *pairs)
+    return keys, values
 
 
 def query_heads(group: GroupCodecs, share: int) -> list[int]:

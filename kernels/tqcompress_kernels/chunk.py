@@ -7,6 +7,7 @@ older than every query; the exact tokens are the sinks and the recent ones, of w
 own. The naive version is `reference.decode_attention`.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -47,7 +48,8 @@ def chunk_attention(
     columns = query.reshape(batch, kv_heads, -1, dim)  # of a KV head: its query heads one after the other
     attend = partial(_attend, scaling=scaling, softcap=softcap)
     old, merged = n_recent - queries, _Merged()
-    parts = (None,) * 4 if mask is None else mask.split([n_sinks, tokens, old, queries], dim=1)
+    split = [n_sinks, tokens, old, queries]
+    parts: tuple[Tensor, ...] = (None,) * 4 if mask is None else mask.split(split, dim=1)  # type: ignore[assignment]  # None without a mask
     if tokens:
         merged = _packed(columns, key, value, key_back, key_mean, parts[1], tokens, scaling, attend, workspace_bytes)
         merged.out = merged.out @ value_back
@@ -71,7 +73,7 @@ def _packed(
     mask: Tensor | None,
     tokens: int,
     scaling: float,
-    attend: partial,
+    attend: Callable[..., tuple[Tensor, Tensor]],
     workspace_bytes: int,
 ) -> "_Merged":
     """All packed tokens, a block at a time; the output stays in the stored basis."""
@@ -95,9 +97,9 @@ def _packed(
 class _Merged:
     """Attention over the tokens seen so far."""
 
-    def __init__(self):
-        self.out: Tensor | None = None
-        self.lse: Tensor | None = None
+    def __init__(self) -> None:
+        self.out: Tensor = None  # type: ignore[assignment]  # until something is added
+        self.lse: Tensor = None  # type: ignore[assignment]  # likewise
 
     def add(self, out: Tensor, lse: Tensor) -> None:
         if self.out is None:

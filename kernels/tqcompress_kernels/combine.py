@@ -6,7 +6,7 @@ float32: products of half-precision numbers are exact, softmax weights are the s
 the rotation takes float32 operands in three steps. The naive version is `reference.combine`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -266,7 +266,8 @@ def _exact(
 ) -> tuple[Tensor, Tensor]:
     """Attention to each chunk of exact tokens: `[batch, kv_heads, columns, parts, head_dim]` and log2 weights."""
     batch, kv_heads, _, columns, dim = shape
-    new, room = (None, None), 0
+    new: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    room = 0
     if step is not None:
         new, room, split = step.new or new, step.ring.room, step.ring.sinks
         sinks, recent = step.ring.exact[:, :, :, :split].unbind(), step.ring.exact[:, :, :, split:].unbind()
@@ -295,7 +296,7 @@ def _exact(
     return out, lse
 
 
-def _arguments(pair: Exact) -> tuple:
+def _arguments(pair: Exact) -> tuple[Any, ...]:
     """What the kernel takes of exact keys and values: pointers, strides, tokens."""
     if pair is None or pair[0].shape[2] == 0:
         return None, None, (0,) * 6, 0

@@ -7,6 +7,7 @@ and no shape depends on values on it, so a decode can be captured in a CUDA grap
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,15 +68,15 @@ def decode_attention(
     """
     batch, heads, queries, dim = query.shape
     kv_heads = key.planes[0].shape[1]
-    memory = query if memory is None else memory
+    own: Tensor | Scratch = query if memory is None else memory
     out = query.new_empty(batch, heads, queries, dim, dtype=torch.float32) if out is None else out
-    out_lse = memory.new_empty(batch, heads, queries, dtype=torch.float32)
+    out_lse = own.new_empty(batch, heads, queries, dtype=torch.float32)
     if splits is None:
         splits = tuning.splits(query.device, batch * kv_heads, dim, tokens)
-    rotated, bias = empty(query, kv_heads, memory)
+    rotated, bias = empty(query, kv_heads, own)
     columns = rotated.shape[2]
-    partial = memory.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
-    lse = memory.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
+    partial = own.new_empty(batch, kv_heads, splits, columns, dim, dtype=torch.float32)
+    lse = own.new_empty(batch, kv_heads, splits, columns, dtype=torch.float32)
     with on_device(query):
         if splits:
             early = tuning.spread(query.device, batch * kv_heads * splits, -(-tokens // splits))
@@ -87,7 +88,7 @@ def decode_attention(
             )  # fmt: skip
         combine(
             partial, lse, value_back, value_mean, query, sinks, recent, mask, tokens, scaling, softcap, out, out_lse,
-            step, memory,
+            step, own,
         )  # fmt: skip
     return out, out_lse
 
@@ -181,13 +182,14 @@ def decode_attention_op(
         value_wide_levels, value_wide_dim, value_wide_bits, value_wide_uniform,
     )  # fmt: skip
     return decode_attention(
-        query, key, value, key_back, value_back, key_mean, value_mean, tuple(sinks) or None, tuple(recent) or None,
+        query, key, value, key_back, value_back, key_mean, value_mean,
+        (sinks[0], sinks[1]) if sinks else None, (recent[0], recent[1]) if recent else None,
         tokens, scaling, softcap, lengths, mask, block_table, SPLITS[split], splits,
     )  # fmt: skip
 
 
 @decode_attention_op.register_fake
-def _(query: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty(query.shape, dtype=torch.float32)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 

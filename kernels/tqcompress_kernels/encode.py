@@ -1,7 +1,7 @@
 """Encoding in one kernel: rotate, centre, normalise, quantize, correct the norm, pack, and store where the cache is."""
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 import triton
@@ -150,7 +150,7 @@ def encode_op(
 
 
 @encode_op.register_fake
-def _(x, planes, scale, start, *_) -> None:
+def _(x: Tensor, planes: list[Tensor], scale: Tensor, start: int, *_: Any) -> None:
     return None
 
 

@@ -60,7 +60,10 @@ class TrellisEncoder(NamedTuple):
             where = None if slots is None else slots[:, first : first + size]
             self._launch(part, planes[0], scale, start + first, where, ring, count, memory or x)
 
-    def _launch(self, x, codes, scale, start, slots, ring, count, memory) -> None:
+    def _launch(
+        self, x: Tensor, codes: Tensor, scale: Tensor, start: int, slots: Tensor | None, ring: Ring | None, count: bool,
+        memory: Tensor | Scratch,
+    ) -> None:  # fmt: skip
         batch, heads, tokens, dim = x.shape
         vectors = batch * heads * tokens
         tiles = -(-vectors // LANES)

@@ -79,9 +79,10 @@ class FastSplit:
             )  # fmt: skip
 
     def _launch(
-        self, rotated, bias, key, value, partial, lse, columns, tokens, lengths, mask, block_table, page, scaling,
-        softcap, tile, stages,
-    ):  # fmt: skip
+        self, rotated: Tensor, bias: Tensor | None, key: Packed, value: Packed, partial: Tensor, lse: Tensor,
+        columns: int, tokens: int, lengths: Tensor | None, mask: Tensor | None, block_table: Tensor | None, page: int,
+        scaling: float, softcap: float | None, tile: int, stages: int,
+    ) -> None:  # fmt: skip
         batch, kv_heads, _, dim = rotated.shape
         _check(key, "key", page, tile)
         _check(value, "value", page, tile)
@@ -157,7 +158,7 @@ class FastSplit:
         rings, device = used[:2], key.scale.device
         if overlap.overlaps(device):
             rings[0 if self.key.trellis else 1] += max(0, _room(device) - sum(used)) // 16 * 16
-        return stages, tuple(rings)
+        return stages, (rings[0], rings[1])
 
     def _tile(self, key: Packed, value: Packed, columns: int, page: int, dim: int, stages: int) -> int:
         """Tokens of a tile: 64 if registers, pages and shared memory allow for as many."""
@@ -168,11 +169,14 @@ class FastSplit:
         return 64 if sum(self._used(key, value, dim, 64, stages)) <= _room(key.scale.device) else 32
 
 
-def _wide(found: Lookup, parts: list, key: bool, none: Tensor) -> tuple[tuple, tuple]:
+def _wide(
+    found: Lookup, parts: list[tuple[int, int, Packed]], key: bool, none: Tensor
+) -> tuple[tuple[Tensor | float, ...], tuple[str | int, ...]]:
     """What `fast_wide` knows of the first coordinates of a side: tensors and numbers, and constants."""
     if not parts:
         return (none,), ("", 0, 0, 0, 0)
-    (_, count, part), one = parts[0], found.wide
+    _, count, part = parts[0]
+    one: Lookup = found.wide  # type: ignore[assignment]  # as its part is there
     main, high = part.planes[0], part.planes[-1]
     constants = kind_of(one, count, key), count, padded(count, one.kind, key), main.stride(2), high.stride(2)
     return (main, high, one.table, one.step, *main.stride()[:2], *high.stride()[:2]), constants

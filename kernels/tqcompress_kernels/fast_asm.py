@@ -256,7 +256,7 @@ def value_half(bits: int) -> tuple[str, int]:
                     "and.b32 t, t, 0x44444444",
                     f"lop3.b32 u, {low}, 0x33333333, t, 0xEA",
                 )
-            asm.look_up("u", *tables, 2 * parity + code, 4 + 2 * parity + code)
+            asm.look_up("u", tables[0], tables[1], 2 * parity + code, 4 + 2 * parity + code)
     return asm.done()
 
 
@@ -270,7 +270,7 @@ class Plan(NamedTuple):
     tables: int  # 32-bit words of the table of levels
 
 
-def _plan(codes: int, built: tuple[str, int], inputs: int, tables: int) -> Plan:
+def _plan(codes: int, built: tuple[str | tuple[str, str], int], inputs: int, tables: int) -> Plan:
     """`inputs` counts tensors: four registers each."""
     text, outputs = built
     return Plan(codes, outputs, text, constraints(outputs, 4 * inputs), tables)

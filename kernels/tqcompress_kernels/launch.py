@@ -8,14 +8,16 @@ were recorded. All others must be the same tensors: caches that move need a new 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-_recording: list | None = None
+_recording: list[tuple[Any, tuple[int, ...], list[Any]]] | None = None  # compiled kernels, grids and arguments
+T = TypeVar("T")
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`; see above."""
     compiled = kernel[grid](*args, **options)
     if _recording is not None:
@@ -23,7 +25,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
         _recording.append((compiled, (*grid, 1, 1)[:3], [*args, *named]))
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """A context whose launches go to the tensor's device: Triton launches on the current one, whatever it is given."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
@@ -37,7 +39,8 @@ class Scratch:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.place, self.buffers = device, 0, []
+        self.device, self.place = device, 0
+        self.buffers: list[Tensor] = []
 
     def restart(self) -> "Scratch":
         """For the next step."""
@@ -54,7 +57,7 @@ class Scratch:
         return self.buffers[place][:count].view(shape)
 
 
-def _address(arg):
+def _address(arg: Any) -> Any:
     """What the driver's launcher takes fastest: an address for a tensor, also within a tuple."""
     if isinstance(arg, tuple):
         return tuple(map(_address, arg))
@@ -65,10 +68,10 @@ def _aligned(tensors: Sequence[Tensor]) -> list[bool]:
     return [tensor.data_ptr() % 16 == 0 for tensor in tensors]
 
 
-class Tape:
+class Tape(Generic[T]):
     """The launches of one call, to be repeated for other tensors in the place of `varying`."""
 
-    def __init__(self, call: Callable[[], object], varying: Sequence[Tensor]):
+    def __init__(self, call: Callable[[], T], varying: Sequence[Tensor]):
         """Run `call` and record it. Every tensor of `varying` is told from others by its address.
 
         If two of them have the same one, it cannot be repeated, and nothing fits it.

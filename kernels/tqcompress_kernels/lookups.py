@@ -49,8 +49,9 @@ def lookup(levels: Tensor, device: torch.device, wide: Wide | None = None) -> "L
     """The lookup for ascending symmetric `levels` `[2**bits]`, or why there is none; `wide` has those of wide codes."""
     if wide is not None:
         first, rest = lookup(wide.levels, device), lookup(levels, device)
-        wrong = [found for found in (first, rest) if isinstance(found, str)]
-        return wrong[0] if wrong else replace(rest, wide=first, wide_dim=wide.dim)
+        if isinstance(first, str):
+            return first
+        return rest if isinstance(rest, str) else replace(rest, wide=first, wide_dim=wide.dim)
     values = levels.double().cpu()
     count = len(values)
     bits = count.bit_length() - 1
@@ -95,7 +96,9 @@ def trellis_lookup(
     kinds = [kind._replace(copies=copies or _copies(kind)) for kind in kinds]
     kind = min((kind for kind in kinds if kind.nbytes <= TABLE_BYTES or per), key=_cost)
     entry = torch.arange(kind.entries)
-    numbers = sum((whole[(entry >> (bits * i)) & (len(levels) - 1)] & 255) << (8 * i) for i in range(kind.per))
+    numbers: Tensor = sum(  # type: ignore[assignment]  # of one or more
+        (whole[(entry >> (bits * i)) & (len(levels) - 1)] & 255) << (8 * i) for i in range(kind.per)
+    )
     lanes = torch.arange(LANES) % kind.copies * 4
     small = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kind.size]
     table = numbers.repeat_interleave(kind.copies).to(small).view(torch.int32)

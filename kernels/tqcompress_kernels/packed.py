@@ -1,6 +1,7 @@
 """What the kernels read of a compressed side: its bit planes, scales and levels."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Packed(NamedTuple):
     wide: Wide | None = None
 
     @property
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Any, ...]:
         """Of types that custom operators take; `unflat` undoes it."""
         dim, levels, bits, _, uniform = self.wide or (0, None, 0, None, False)
         return (list(self.planes), *self[1:7], levels, dim, bits, uniform)
@@ -66,8 +67,9 @@ class Packed(NamedTuple):
 
 
 def unflat(
-    planes, scale, levels, bits, step, uniform, window, wide_levels, wide_dim, wide_bits, wide_uniform
-) -> Packed:
+    planes: Sequence[Tensor], scale: Tensor, levels: Tensor, bits: int, step: float | None, uniform: bool, window: int,
+    wide_levels: Tensor | None, wide_dim: int, wide_bits: int, wide_uniform: bool,
+) -> Packed:  # fmt: skip
     """Undo `Packed.flat`, but for the step of the first coordinates."""
     wide = None if wide_levels is None else Wide(wide_dim, wide_levels, wide_bits, None, wide_uniform)
     return Packed(tuple(planes), scale, levels, bits, step, uniform, window, wide)

@@ -59,7 +59,8 @@ class _Parts(NamedTuple):
 
 def _parts(side: Packed, dim: int, windows: bool, key: bool) -> _Parts:
     """`windows`: whether a side has trellis codes."""
-    found, loads, planes = [], (), 0
+    found, planes = [], 0
+    loads: tuple[int, ...] = ()
     for first, count, part in side.parts(dim):
         per = 4 if count <= 64 and not windows else 8
         sizes = _load_bytes(part, per)
@@ -69,7 +70,7 @@ def _parts(side: Packed, dim: int, windows: bool, key: bool) -> _Parts:
         found.append((first, count, part.bits, mode(part), per, words, planes, part.levels))
         loads, planes = loads + sizes, planes + len(sizes)
     *numbers, levels = zip(*found, strict=True)
-    return _Parts(*numbers, loads, levels)
+    return _Parts(*numbers, loads, levels)  # type: ignore[call-arg]  # the numbers of each part, field by field
 
 
 def split(

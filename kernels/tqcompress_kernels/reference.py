@@ -13,7 +13,8 @@ def unpack(side: Packed, head_dim: int) -> Tensor:
     """The codes `[N, kv_heads, rows, head_dim]` of one part, int64, one bit at a time; of a trellis its states."""
     if side.window:
         return states(side.planes[0], side.bits, side.window, head_dim)
-    codes, at = 0, 0
+    codes: Tensor = 0  # type: ignore[assignment]  # planes are added
+    at = 0
     for plane, width in zip(side.planes, plane_widths(side.bits), strict=True):
         bits = (plane.unsqueeze(-1).long() >> torch.arange(8, device=plane.device)) & 1
         if (side.bits, width) == (3, 1):
@@ -48,7 +49,9 @@ def stored(side: Packed, head_dim: int, dtype: torch.dtype, block_table: Tensor 
     return x
 
 
-def prepare(query: Tensor, key_back: Tensor, key_mean: Tensor | None, kv_heads: int, scaling: float):
+def prepare(
+    query: Tensor, key_back: Tensor, key_mean: Tensor | None, kv_heads: int, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Rotated queries `[batch, kv_heads, columns, head_dim]` and their bias `[batch, kv_heads, columns]`."""
     columns = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
     rotated = columns @ key_back.to(query).transpose(-1, -2)

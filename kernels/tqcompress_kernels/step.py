@@ -7,7 +7,7 @@ version is `reference.decode_attention` over the tokens that `ring.tokens_of` te
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -61,6 +61,8 @@ class Side(NamedTuple):
         return Packed(tuple(planes), scale, *own)
 
 
+# Of a `Stepper`'s steps: query, new, mask, scaling, softcap, due, out.
+Arguments = tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None, float, float | None, bool, Tensor]
 _IDS = count()
 _CONSTANTS: WeakValueDictionary[int, Constants] = WeakValueDictionary()
 _SCRATCH: dict[tuple[torch.device, int], Scratch] = {}
@@ -128,8 +130,8 @@ def step_op(
     """`ring_step` for torch.compile, with the id of the constants; `new` may be empty."""
     query, *new = map(_readable, (query, *new))
     return ring_step(
-        query, tuple(new) or None, Ring(exact, state, sinks), (key_planes, key_scale), (value_planes, value_scale),
-        _CONSTANTS[constants], mask, scaling, softcap, out=query.new_empty(query.shape),
+        query, (new[0], new[1]) if new else None, Ring(exact, state, sinks), (key_planes, key_scale),
+        (value_planes, value_scale), _CONSTANTS[constants], mask, scaling, softcap, out=query.new_empty(query.shape),
     )  # fmt: skip
 
 
@@ -139,7 +141,7 @@ def _readable(states: Tensor) -> Tensor:
 
 
 @step_op.register_fake
-def _(query: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -157,7 +159,7 @@ class Stepper:
         constants: Constants,
     ):
         self.ring, self.key, self.value, self.constants = ring, key, value, constants
-        self.tapes: dict[tuple, Tape] = {}
+        self.tapes: dict[tuple[object, ...], Tape[Tensor]] = {}
 
     def __call__(
         self, query: Tensor, new: tuple[Tensor, Tensor] | None, length: int | None, base: int, mask: Tensor | None,
@@ -168,7 +170,7 @@ class Stepper:
         The log-sum-exp that it returns is overwritten by the next step.
         """
         due = new is not None and (length is None or is_due(length, base, self.ring.sinks, self.ring.room))
-        query, new = _readable(query), None if new is None else tuple(map(_readable, new))
+        query, new = _readable(query), None if new is None else (_readable(new[0]), _readable(new[1]))
         out = query.new_empty(query.shape)
         varying = (query, out) if new is None else (query, out, *new)
         arguments = (query, new, mask, scaling, softcap, due, out)
@@ -179,7 +181,7 @@ class Stepper:
         with torch.cuda.device(query.device):
             return out, self._repeat(varying, arguments)
 
-    def _repeat(self, varying: tuple[Tensor, ...], arguments: tuple) -> Tensor:
+    def _repeat(self, varying: tuple[Tensor, ...], arguments: Arguments) -> Tensor:
         """Replay the tape for such arguments, or make it; returns the log-sum-exp."""
         query, _, mask, scaling, softcap, due, _ = arguments
         stream = torch._C._cuda_getCurrentRawStream(query.device.index)  # as Triton asks: no Python object is made
@@ -193,7 +195,10 @@ class Stepper:
         tape = self.tapes[name] = Tape(lambda: self._run(*arguments, memory)[1], varying)
         return tape.result
 
-    def _run(self, query, new, mask, scaling, softcap, due, out, memory) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, query: Tensor, new: tuple[Tensor, Tensor] | None, mask: Tensor | None, scaling: float,
+        softcap: float | None, due: bool, out: Tensor, memory: Scratch | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return ring_step(
             query, new, self.ring, self.key, self.value, self.constants, mask, scaling, softcap, due, out, memory
         )

@@ -70,27 +70,27 @@ class Kind(NamedTuple):
 def parse(text: str) -> Kind:
     """The kind of `Kind.text`."""
     *numbers, name = text[1:].split("/")
-    return Kind(*map(int, numbers), name)
+    return Kind(*map(int, numbers), name)  # type: ignore[call-arg, arg-type]  # a number for each other field
 
 
 @triton.constexpr_function
 def _look_up(asm: Asm, kind: str, words: list[str], first: int, target: str, lane: str) -> None:
     """Into `target`: the table's word for the coordinates from `first` on of the string `words`."""
-    kind = parse(kind)
-    at, shift = divmod(first * kind.bits, 32)
-    place = (kind.size * kind.copies).bit_length() - 1  # of the index in an address
-    mask = (kind.entries - 1) << place
+    found = parse(kind)
+    at, shift = divmod(first * found.bits, 32)
+    place = (found.size * found.copies).bit_length() - 1  # of the index in an address
+    mask = (found.entries - 1) << place
     by = shift - place
-    if shift + kind.index_bits > 32:
+    if shift + found.index_bits > 32:
         asm.add(f"shf.r.wrap.b32 t, {words[at]}, {words[min(at + 1, len(words) - 1)]}, {by}")
     elif by:
         asm.add(f"{'shr' if by > 0 else 'shl'}.b32 t, {words[at]}, {abs(by)}")
-    source = "t" if by or shift + kind.index_bits > 32 else words[at]
-    if kind.copies > 1:
+    source = "t" if by or shift + found.index_bits > 32 else words[at]
+    if found.copies > 1:
         asm.add(f"lop3.b32 t, {source}, {mask:#x}, {lane}, 0xEA")
     else:
         asm.add(f"and.b32 t, {source}, {mask:#x}")
-    asm.add("add.u32 t, t, base", f"ld.shared.{('u8', 'u16', 'b32')[kind.size // 2]} {target}, [t]")
+    asm.add("add.u32 t, t, base", f"ld.shared.{('u8', 'u16', 'b32')[found.size // 2]} {target}, [t]")
 
 
 @triton.constexpr_function

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tqcompress import Codec, Field, HeadShape, Layout, Options, ScalarLevels, TensorSpec, hookimpl
 from tqcompress.packing import pack, plane_fields, unpack
+from tqcompress.registry import Registry
 
 
 class SignOptions(Options):
@@ -26,6 +27,8 @@ class Sign(Codec):
     name = "sign"
     supported_bits = (1,)
     Options = SignOptions
+    options: SignOptions
+    codebook: Tensor
 
     def __init__(self, spec: TensorSpec, shape: HeadShape):
         super().__init__(spec, shape)  # checks the bits and sets self.bits, self.shape and self.options
@@ -57,6 +60,6 @@ class Sign(Codec):
 
 
 @hookimpl
-def tqcompress_register(registry):
+def tqcompress_register(registry: Registry) -> None:
     """Make `quantizer: sign` known."""
     registry.add_codec(Sign)
