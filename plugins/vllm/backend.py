@@ -6,6 +6,7 @@ So every page size gets a class of its own, which its layers name once they are 
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class PackedAttention(CPUAttentionBackend):
 def with_pages_of(content_bytes: int) -> type[PackedAttention]:
     """The backend of layers that store so many bytes a token, all heads together."""
 
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+    def customize_spec(cls: type[PackedAttention], spec: AttentionSpec) -> AttentionSpec:
         # Bytes, and one slot for all heads: heads may have different numbers of bits.
         return replace(spec, num_head_slots=1, dtype=torch.uint8, state_content_bytes=content_bytes)
 
@@ -45,7 +46,7 @@ def with_pages_of(content_bytes: int) -> type[PackedAttention]:
 class PackedAttentionImpl(CPUAttentionBackendImpl):
     """Attention of one layer."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.config = get_current_vllm_config()
         self.format: PageFormat | None = None  # None: vLLM's own pages
@@ -89,11 +90,12 @@ class PackedAttentionImpl(CPUAttentionBackendImpl):
 
     def forward(
         self, layer: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None, output: Tensor, *args, **kwargs,
+        attn_metadata: CPUAttentionMetadata | None, output: Tensor, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """Attend; shapes as in `CPUAttentionBackendImpl.forward`."""
         if self.format is None or attn_metadata is None:
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            return output
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens
         steps = [i for i, start in enumerate(starts[:-1]) if starts[i + 1] - start == 1]
         chunks = [i for i, start in enumerate(starts[:-1]) if starts[i + 1] - start > 1]
@@ -101,9 +103,9 @@ class PackedAttentionImpl(CPUAttentionBackendImpl):
         for batch in batches:
             first, new = torch.tensor([starts[i] for i in batch]), starts[batch[0] + 1] - starts[batch[0]]
             places = first[:, None] + torch.arange(new)
-            states = (states[places].transpose(1, 2) for states in (query, key, value))
+            queries, keys, values = (states[places].transpose(1, 2) for states in (query, key, value))
             tables, past = attn_metadata.block_table[batch], lengths[batch] - new
             softcap = self.logits_soft_cap or None
-            attended = self.format.attend(kv_cache, tables, past, *states, self.scale, softcap)
+            attended = self.format.attend(kv_cache, tables, past, queries, keys, values, self.scale, softcap)
             output[places] = attended.transpose(1, 2).to(output.dtype)
         return output

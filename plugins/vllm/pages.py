@@ -9,12 +9,14 @@ order of allocation. That is also why there is no window: when a token leaves on
 """
 
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tqcompress import ModelError
 from tqcompress.codec import Layout
+from tqcompress.store import TokenStore
 from tqcompress.view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
 
 
@@ -37,13 +39,14 @@ class PageFormat:
 
     def rows(self, pages: Tensor) -> Tensor:
         """The rows, a view `[pages, block_size, row_bytes]`."""
-        flat = pages.flatten(1)[:, : self.block_size * self.row_bytes]
-        return flat.unflatten(1, (self.block_size, self.row_bytes))
+        rows: Tensor = pages.flatten(1)[:, : self.block_size * self.row_bytes].unflatten(1, (self.block_size, -1))
+        return rows
 
     def exact(self, pages: Tensor) -> Tensor:
         """The bytes of the exact tokens, a view `[pages, sinks, bytes of a token]`."""
         start, size = self.block_size * self.row_bytes, prod(self.exact_shape) * self.dtype.itemsize
-        return pages.flatten(1)[:, start : start + size].unflatten(1, (self.sinks, -1))
+        held: Tensor = pages.flatten(1)[:, start : start + size].unflatten(1, (self.sinks, -1))
+        return held
 
     def write(self, pages: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Encode tokens `[tokens, kv_heads, head_dim]` into their slots, page * block_size + place; below 0: none.
@@ -99,11 +102,16 @@ class PageFormat:
             mask[:, -1] = True  # the new token
         tables = tables[:, : -(-longest // self.block_size)].long()
         exact = self._exact_of(pages, tables, past, sinks, key)
+
+        def side(index: int, name: str) -> TokenStore:
+            # Backends that are not for pages read more of a store than `_Side` has; `artifact` chose one that does not.
+            return cast(TokenStore, _Side(self, pages, tables, past, sinks, index, name))
+
         views = tuple(
             GroupView(
                 group,
-                _Side(self, pages, tables, past, sinks, index, "key"),
-                _Side(self, pages, tables, past, sinks, index, "value"),
+                side(index, "key"),
+                side(index, "value"),
                 longest - sinks,
                 (take_heads(exact[0], group), take_heads(exact[1], group)),
                 (take_heads(key, group), take_heads(value, group)),
