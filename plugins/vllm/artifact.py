@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tqcompress import ArtifactError, Backend, ModelError, RecipeError, artifacts, blockwise
-from tqcompress.compression import Compression
+from tqcompress import ArtifactError, Backend, ModelError, artifacts, blockwise
+from tqcompress.api import restored
 from tqcompress.shape import ModelShape
 from tqcompress.view import LayerCodecs
 
@@ -61,14 +61,9 @@ def layers(config: Any) -> dict[int, LayerCodecs]:
 @lru_cache(maxsize=4)
 def _load(path: Path, shape: ModelShape) -> dict[int, LayerCodecs]:
     artifact = artifacts.read(path)
-    plan = artifact.plan_for(shape)
-    try:
-        with set_default_torch_dtype(torch.float32):  # while a model is loaded it is the model's
-            compression = Compression(artifact.recipe, plan, {})
-    except RecipeError as error:
-        raise ArtifactError(f"{artifact.path}: {error}") from None
-    artifact.restore(compression.state())
-    compression.choose_backends()
+    with set_default_torch_dtype(torch.float32):  # while a model is loaded it is the model's
+        compression = restored(artifact, shape)
+    plan = compression.plan
     for index in compression.layers:
         if plan.block(index) > 1:
             raise ModelError(
