@@ -56,10 +56,10 @@ def as_read(form: PageFormat, kept: torch.Tensor, exact_after: int) -> torch.Ten
 
 
 def test_bytes_of_a_page(form):
-    """A row has exactly the bytes of its codes and scales; the exact part is rounded up to whole bytes a token."""
+    """Of a token, exactly the bytes of its codes and scales; the exact part is rounded up to whole bytes a token."""
     heads, dim = form.exact_shape[2:]
     rows = (heads - 1) * (dim * 4 // 8 + dim * 3 // 8 + 4) + (dim * 8 // 8 + dim * 2 // 8 + 4)
-    assert form.row_bytes == rows
+    assert form.packed_bytes == rows
     assert form.content_bytes == rows + -(-3 * 2 * heads * dim * 4 // BLOCK)
 
 

@@ -1,8 +1,9 @@
 """The format of a packed page, and attention over pages in plain torch.
 
-A page is `block_size` rows, then an exact part. A row holds one token: all fields of all groups of the layer's heads,
-keys before values, byte after byte. The exact part holds the page's first `sinks` tokens once more, as they came; it
-is read of a sequence's first page only, and costs `sinks / block_size` of an uncompressed page everywhere.
+A page holds `block_size` tokens: an array `[heads, block_size, size]` for every field of every group of the layer's
+heads, keys before values, one behind the other, as kernels read them. Behind these, its first `sinks` tokens once more,
+as they came; that part is read of a sequence's first page only, and costs `sinks / block_size` of an uncompressed page
+everywhere.
 
 So a page means the same whoever points to it, whatever else the engine does: sharing of prefixes, preemption, any
 order of allocation. That is also why there is no window: when a token leaves one, its page may be shared.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tqcompress import ModelError
-from tqcompress.codec import Layout
+from tqcompress.codec import Codec, Field
 from tqcompress.store import TokenStore
 from tqcompress.view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
 
@@ -26,25 +27,30 @@ class PageFormat:
     def __init__(self, codecs: LayerCodecs, block_size: int, dtype: torch.dtype):
         self.codecs, self.block_size, self.dtype = codecs, block_size, dtype
         self.sinks = min(codecs.sinks, block_size)
-        self.columns: dict[tuple[int, str], int] = {}  # first byte of a group's keys or values in a row
+        self.places: dict[Codec, dict[str, tuple[int, int, Field]]] = {}  # of fields: first byte in a page, heads
         start = 0
-        for index, group in enumerate(codecs.groups):
-            for side, codec in (("key", group.key), ("value", group.value)):
-                self.columns[index, side] = start
-                start += len(group.heads) * int(codec.layout().nbytes_per_token)
-        self.row_bytes = start
+        for group in codecs.groups:
+            for codec in (group.key, group.value):
+                self.places[codec] = {}
+                for name, field in codec.layout().fields.items():
+                    self.places[codec][name] = start, len(group.heads), field
+                    start += len(group.heads) * block_size * field.nbytes
+        self.packed_bytes = start // block_size  # of a token
         self.exact_shape = (self.sinks, 2, codecs.num_kv_heads, codecs.head_dim)
         exact_bytes = prod(self.exact_shape) * dtype.itemsize
-        self.content_bytes = self.row_bytes + -(-exact_bytes // block_size)  # of a token, as vLLM counts
+        self.content_bytes = self.packed_bytes + -(-exact_bytes // block_size)  # of a token, as vLLM counts
 
-    def rows(self, pages: Tensor) -> Tensor:
-        """The rows, a view `[pages, block_size, row_bytes]`."""
-        rows: Tensor = pages.flatten(1)[:, : self.block_size * self.row_bytes].unflatten(1, (self.block_size, -1))
-        return rows
+    def fields(self, pages: Tensor, codec: Codec) -> dict[str, Tensor]:
+        """The fields of one side of a group, views `[pages, heads, block_size, size]`."""
+        found, flat = {}, pages.flatten(1)
+        for name, (start, heads, field) in self.places[codec].items():
+            raw = flat[:, start : start + heads * self.block_size * field.nbytes].view(field.dtype)
+            found[name] = raw.unflatten(1, (heads, self.block_size, field.size))
+        return found
 
     def exact(self, pages: Tensor) -> Tensor:
         """The bytes of the exact tokens, a view `[pages, sinks, bytes of a token]`."""
-        start, size = self.block_size * self.row_bytes, prod(self.exact_shape) * self.dtype.itemsize
+        start, size = self.block_size * self.packed_bytes, prod(self.exact_shape) * self.dtype.itemsize
         held: Tensor = pages.flatten(1)[:, start : start + size].unflatten(1, (self.sinks, -1))
         return held
 
@@ -57,28 +63,36 @@ class PageFormat:
         if not kept.all():
             slots, key, value = slots[kept], key[kept], value[kept]
         page, place = slots // self.block_size, slots % self.block_size
-        self.rows(pages)[page, place] = self._encode(key, value)
-        first = place < self.sinks
+        rows = [(codec, self._encode(group, codec, states)) for group, codec, states in self._sides(key, value)]
+        for codec, packed in rows:  # all of them could be encoded
+            for name, field in self.fields(pages, codec).items():
+                field[page, :, place] = packed[name][0].transpose(0, 1)
+        self._write_exact(pages, page, place, key, value)
+
+    def _sides(self, key: Tensor, value: Tensor) -> "list[tuple[GroupCodecs, Codec, Tensor]]":
+        """Every group and side, with its vectors `[1, heads, tokens, head_dim]` of `[tokens, kv_heads, head_dim]`."""
+        return [
+            (group, codec, take_heads(states.transpose(0, 1)[None], group))
+            for group in self.codecs.groups
+            for states, codec in ((key, group.key), (value, group.value))
+        ]
+
+    def _encode(self, group: GroupCodecs, codec: Codec, vectors: Tensor) -> dict[str, Tensor]:
+        packed = codec.encode(vectors)
+        if not (vectors.isfinite().all() and codec.fits(packed)):
+            raise ModelError(
+                f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
+                f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
+                "skip the layer in the recipe, or check the model's dtype"
+            )
+        return packed
+
+    def _write_exact(self, pages: Tensor, page: Tensor, place: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store what is to stay exact of tokens that go to these places of these pages."""
+        first = (place < self.sinks) & (page >= 0)
         if first.any():
             exact = torch.stack([key[first], value[first]], dim=1).to(self.dtype)
             self.exact(pages)[page[first], place[first]] = exact.flatten(1).view(torch.uint8)
-
-    def _encode(self, key: Tensor, value: Tensor) -> Tensor:
-        """The rows of tokens, `[tokens, row_bytes]`."""
-        parts = []
-        for group in self.codecs.groups:
-            for states, codec in ((key, group.key), (value, group.value)):
-                vectors = take_heads(states.transpose(0, 1)[None], group)
-                packed = codec.encode(vectors)
-                if not (vectors.isfinite().all() and codec.fits(packed)):
-                    raise ModelError(
-                        f"layer {self.codecs.layer}, KV heads {list(group.heads)}: {codec.name} cannot store these "
-                        f"{codec.shape.side}s, they are infinite, not a number, or too large for the scale's format; "
-                        "skip the layer in the recipe, or check the model's dtype"
-                    )
-                for field in packed.values():  # [1, heads, tokens, size]
-                    parts.append(field[0].transpose(0, 1).contiguous().flatten(1).view(torch.uint8))
-        return torch.cat(parts, dim=1)
 
     def attend(
         self, pages: Tensor, tables: Tensor, past: Tensor, query: Tensor, key: Tensor, value: Tensor,
@@ -103,20 +117,20 @@ class PageFormat:
         tables = tables[:, : -(-longest // self.block_size)].long()
         exact = self._exact_of(pages, tables, past, sinks, key)
 
-        def side(index: int, name: str) -> TokenStore:
+        def side(codec: Codec) -> TokenStore:
             # Backends that are not for pages read more of a store than `_Side` has; `artifact` chose one that does not.
-            return cast(TokenStore, _Side(self, pages, tables, past, sinks, index, name))
+            return cast(TokenStore, _Side(self, pages, tables, past, sinks, codec))
 
         views = tuple(
             GroupView(
                 group,
-                side(index, "key"),
-                side(index, "value"),
+                side(group.key),
+                side(group.value),
                 longest - sinks,
                 (take_heads(exact[0], group), take_heads(exact[1], group)),
                 (take_heads(key, group), take_heads(value, group)),
             )
-            for index, group in enumerate(self.codecs.groups)
+            for group in self.codecs.groups
         )
         return KVView(views, self.codecs.num_kv_heads).attend(query, mask, scaling, softcap)[0]
 
@@ -137,26 +151,16 @@ class PageFormat:
 class _Side:
     """The packed keys or values of a group, read from pages as `TokenStore` reads buffers."""
 
-    def __init__(
-        self, form: PageFormat, pages: Tensor, tables: Tensor, past: Tensor, skipped: int, index: int, side: str
-    ):
-        group: GroupCodecs = form.codecs.groups[index]
-        self.layout: Layout = getattr(group, side).layout()
-        self.heads, self.first = len(group.heads), form.columns[index, side]
-        self.form, self.pages, self.tables, self.past, self.skipped = form, pages, tables, past, skipped
+    def __init__(self, form: PageFormat, pages: Tensor, tables: Tensor, past: Tensor, skipped: int, codec: Codec):
+        self.layout, self.fields, self.block_size = codec.layout(), form.fields(pages, codec), form.block_size
+        self.tables, self.past, self.skipped = tables, past, skipped
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """Fields `[batch, heads, tokens, size]` of tokens `start` to `stop`, counted after the skipped ones."""
         places = torch.arange(start + self.skipped, stop + self.skipped, device=self.tables.device)
-        size, nbytes = self.form.block_size, self.heads * int(self.layout.nbytes_per_token)
-        rows = self.form.rows(self.pages)[:, :, self.first : self.first + nbytes]
-        held = rows[self.tables[:, places // size], places % size]
+        page, place = self.tables[:, places // self.block_size], places % self.block_size
         # Past a sequence's end a page may hold anything, NaN included, which no weight of 0 would hide.
-        held.masked_fill_((places >= self.past[:, None])[..., None], 0)
-        fields, at = {}, 0
-        for name, field in self.layout.fields.items():
-            width = self.heads * field.nbytes
-            raw = held[..., at : at + width].contiguous().view(field.dtype)
-            fields[name] = raw.unflatten(-1, (self.heads, field.size)).transpose(1, 2)
-            at += width
-        return fields
+        past = (places >= self.past[:, None])[..., None, None]
+        return {
+            name: field[page, :, place].masked_fill_(past, 0).transpose(1, 2) for name, field in self.fields.items()
+        }
