@@ -32,7 +32,7 @@ def states(form: PageFormat, tokens: int, seed: int) -> torch.Tensor:
 
 def empty_pages(form: PageFormat, pages: int) -> torch.Tensor:
     """Pages as vLLM gives them, full of bytes that are no numbers in any float format."""
-    return torch.full((pages, 1, BLOCK, form.content_bytes), 255, dtype=torch.uint8)
+    return torch.full((pages, 1, form.block_size, form.content_bytes), 255, dtype=torch.uint8)
 
 
 def slots(table: list[int], start: int, stop: int) -> torch.Tensor:
