@@ -3,12 +3,12 @@
 No engine uses it yet: `scripts/check_pages.py` compares and times it, without vLLM.
 """
 
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from tqcompress.view import LayerCodecs, each, query_heads, take_heads
+from tqcompress.view import LayerCodecs, each
 
 from ..fused import FEW_QUERIES, FusedGroup
 from .pages import PageFormat
@@ -51,9 +51,9 @@ class FusedPages(PageFormat):
         mask = _seen(past, sinks, longest, key.shape[2]) if few and sinks else None
         output = query.new_empty(query.shape, dtype=torch.float32)
         for group, fused in self.groups:
-            heads, mine = query_heads(group, share), partial(take_heads, group=group)
+            heads, mine = _places(group.heads, share, query.device), _places(group.heads, 1, query.device)
             packed = [side.packed(self.fields(pages, side.codec)) for side in (fused.key, fused.value)]
-            states = each(mine, exact), each(mine, (key, value))
+            states = [each(lambda x: x[:, mine], pair) for pair in (exact, (key, value))]  # noqa: B023  # called at once
             if few:
                 split = fused.split if self.block_size % 32 == 0 else plain.split
                 output[:, heads], _ = decode.decode_attention(
@@ -66,6 +66,14 @@ class FusedPages(PageFormat):
                     fused.value.mean, *states, longest - sinks, scaling, softcap, block_table=tables, first=sinks,
                 )  # fmt: skip
         return output
+
+
+@cache
+def _places(heads: tuple[int, ...], share: int, device: torch.device) -> slice | Tensor:
+    """Where the query heads of some KV heads are, `share` each, in a form that needs nothing from the host."""
+    if heads == tuple(range(heads[0], heads[0] + len(heads))):
+        return slice(heads[0] * share, (heads[-1] + 1) * share)
+    return torch.tensor([head * share + i for head in heads for i in range(share)], device=device)
 
 
 def _seen(past: Tensor, sinks: int, longest: int, new: int) -> Tensor:
