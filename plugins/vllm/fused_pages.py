@@ -53,17 +53,17 @@ class FusedPages(PageFormat):
         for group, fused in self.groups:
             heads, mine = _places(group.heads, share, query.device), _places(group.heads, 1, query.device)
             packed = [side.packed(self.fields(pages, side.codec)) for side in (fused.key, fused.value)]
-            states = [each(lambda x: x[:, mine], pair) for pair in (exact, (key, value))]  # noqa: B023  # called at once
+            first, fresh = (each(lambda x: x[:, mine], pair) for pair in (exact, (key, value)))  # noqa: B023
             if few:
                 split = fused.split if self.block_size % 32 == 0 else plain.split
                 output[:, heads], _ = decode.decode_attention(
                     query[:, heads], packed[0], packed[1], fused.key.back, fused.value.back, fused.key.mean,
-                    fused.value.mean, *states, longest, scaling, softcap, past, mask, tables, split,
+                    fused.value.mean, first, fresh, longest, scaling, softcap, past, mask, tables, split,
                 )  # fmt: skip
             else:
                 output[:, heads], _ = chunk.chunk_attention(
                     query[:, heads], packed[0], packed[1], fused.key.back, fused.value.back, fused.key.mean,
-                    fused.value.mean, *states, longest - sinks, scaling, softcap, block_table=tables, first=sinks,
+                    fused.value.mean, first, fresh, longest - sinks, scaling, softcap, block_table=tables, first=sinks,
                 )  # fmt: skip
         return output
 
