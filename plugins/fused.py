@@ -152,14 +152,13 @@ class Side:
         own = self.levels, self.form.bits, self.form.step, self.uniform
         return Constants(*own, self.back, self.mean, self.encoder, self.window, self.wide)
 
-    def packed(self, store: TokenStore) -> "Packed":
-        """The stored tokens as kernels read them."""
+    def packed(self, fields: Mapping[str, Tensor]) -> "Packed":
+        """Stored tokens as kernels read them, `[batch or pages, heads, rows, size]` each."""
         from tqcompress_kernels.packed import Packed
 
-        buffers = store.buffers
-        planes = tuple(buffers[name] for name in self.planes)
+        planes = tuple(fields[name] for name in self.planes)
         own = self.levels, self.form.bits, self.form.step, self.uniform, self.window, self.wide
-        return Packed(planes, buffers["scale"], *own)
+        return Packed(planes, fields["scale"], *own)
 
 
 class FusedGroup:
@@ -213,7 +212,7 @@ class FusedGroup:
 
         self._check(vectors)
         side = self.sides[id(codec)]
-        packed = side.packed(store)
+        packed = side.packed(store.buffers)
         encode(vectors, packed.planes, packed.scale, store.length, side.encoder)
 
     def attend(
@@ -228,7 +227,7 @@ class FusedGroup:
             return blockwise.attend(query, view, mask, scaling, softcap)
         columns = query.shape[2] * query.shape[1] // view.sinks[0].shape[1]
         mask = None if mask is None else mask.expand(query.shape[0], -1)
-        key, value = self.key.packed(view.key), self.value.packed(view.value)
+        key, value = self.key.packed(view.key.buffers), self.value.packed(view.value.buffers)
         arguments = (
             query, key, value, self.key.back, self.value.back, self.key.mean, self.value.mean, view.sinks, view.recent,
             view.packed, scaling, softcap,

@@ -191,17 +191,28 @@ def load(model: "PreTrainedModel", path: "str | Path") -> Plan:
     unchanged.
     """
     artifact = artifacts.read(Path(path))
-    plan = artifact.plan_for(ModelShape.of(model))
+    compression = restored(artifact, ModelShape.of(model), _devices(model), HeadShard.of(model))
+    attach(model, compression)
+    return compression.plan
+
+
+def restored(
+    artifact: artifacts.Artifact,
+    shape: ModelShape,
+    devices: dict[int, torch.device] | None = None,
+    shard: HeadShard | None = None,
+) -> Compression:
+    """What an artifact holds, ready for a model of that shape. Raises `ArtifactError` as `load` does."""
+    plan = artifact.plan_for(shape)
     try:
-        compression = Compression(artifact.recipe, plan, _devices(model), HeadShard.of(model))
+        compression = Compression(artifact.recipe, plan, devices or {}, shard)
     except RecipeError as error:  # a quantizer that is not installed here
         raise ArtifactError(f"{artifact.path}: {error}") from None
     artifact.restore(compression.state())
     compression.calibration = artifact.calibration
     compression.allocation = artifact.allocation
     compression.choose_backends()
-    attach(model, compression)
-    return plan
+    return compression
 
 
 def verify(cache: Cache) -> None:

@@ -36,10 +36,13 @@ def chunk_attention(
     softcap: float | None = None,
     mask: Tensor | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    block_table: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of `query` `[batch, heads, queries, head_dim]`, the last query being the last recent token.
 
-    The other arguments are those of `decode.decode_attention`. Returns the output `[batch, heads, queries,
+    The other arguments are those of `decode.decode_attention`; of the packed tokens, `tokens` from `first` on are
+    attended to. Returns the output `[batch, heads, queries,
     head_dim]` and the natural log-sum-exp `[batch, heads, queries]`, float32. A query that sees nothing gets zeros
     and -inf.
     """
@@ -51,7 +54,10 @@ def chunk_attention(
     split = [n_sinks, tokens, old, queries]
     parts: tuple[Tensor, ...] = (None,) * 4 if mask is None else mask.split(split, dim=1)  # type: ignore[assignment]  # None without a mask
     if tokens:
-        merged = _packed(columns, key, value, key_back, key_mean, parts[1], tokens, scaling, attend, workspace_bytes)
+        merged = _packed(
+            columns, key, value, key_back, key_mean, parts[1], tokens, scaling, attend, workspace_bytes,
+            block_table, first,
+        )  # fmt: skip
         merged.out = merged.out @ value_back
         if value_mean is not None:
             merged.out += value_mean[:, None]
@@ -75,6 +81,8 @@ def _packed(
     scaling: float,
     attend: Callable[..., tuple[Tensor, Tensor]],
     workspace_bytes: int,
+    block_table: Tensor | None,
+    first: int,
 ) -> "_Merged":
     """All packed tokens, a block at a time; the output stays in the stored basis."""
     batch, kv_heads, _, dim = columns.shape
@@ -87,8 +95,8 @@ def _packed(
     merged = _Merged()
     for start in range(0, tokens, size):
         keys, values = workspace[:, :, :, : min(size, tokens - start)]
-        dequantize(key, keys, start)
-        dequantize(value, values, start)
+        dequantize(key, keys, first + start, block_table)
+        dequantize(value, values, first + start, block_table)
         seen = None if mask is None else mask[:, start : start + size]
         merged.add(*attend(rotated, keys, values, mask=seen, bias=bias))
     return merged
