@@ -118,7 +118,7 @@ def trellis_step_case(key: str, value: str) -> float:
     length = int(held.state[2])
     recent = tuple(tokens[:, :, :, length : held.room + 3].double())
     want, _ = reference.decode_attention(
-        query.double(), *packed, *(side.back for side in sides), None, None, None, recent, packed, dim**-0.5
+        query.double(), *packed, *(side.back for side in sides), None, None, None, recent, length, dim**-0.5
     )
     for states, side, (planes, scale) in zip(tokens, sides, stores, strict=True):
         codes, scales = torch.zeros_like(planes[0]), torch.zeros_like(scale)
