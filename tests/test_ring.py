@@ -10,6 +10,7 @@ from trellis_helpers import table_of
 from tqcompress_kernels import plain, reference
 from tqcompress_kernels.encode import encode, encoder
 from tqcompress_kernels.encode_trellis import trellis_encoder
+from tqcompress_kernels.launch import Scratch
 from tqcompress_kernels.packed import plane_widths
 from tqcompress_kernels.ring import empty_ring, is_due, packed_at, recent_rows, room_for, tokens_of
 from tqcompress_kernels.step import Constants, Side, Stepper, ring_step, step_op
@@ -141,6 +142,17 @@ def test_the_op_does_the_same_and_a_query_may_come_again():
         again, _ = ring_step(query, None, ring, key, value, sequence.constants, None, SCALING)
         assert torch.equal(again, out)
         assert int(ring.state[0]) == length + 1
+
+
+def test_groups_that_share_memory_keep_their_results():
+    """The groups of a layer step one after the other, then their outputs and log-sum-exps are read together."""
+    groups, memory, found = [Sequence(1, 4, 3, False, 4, 10, length) for length in (131, 5)], Scratch(DEVICE), []
+    for i, group in enumerate(groups):
+        query = random(1, 4 - 2 * i, 1, DIM, seed=i)
+        new, *rest = group.new(group.length), group.ring, *group.stores, group.constants, None, SCALING
+        found.append((query, *ring_step(query, new, *rest, memory=memory.restart())))
+    for group, (query, out, lse) in zip(groups, found, strict=True):
+        group.check(out, lse, query, group.length + 1)
 
 
 def test_without_room_the_result_is_not_a_number():

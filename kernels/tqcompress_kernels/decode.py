@@ -59,7 +59,7 @@ def decode_attention(
         split: the kernel that walks the packed tokens.
         splits: into how many spans it splits them; chosen by `tuning.splits` if None.
         step: the ring that holds the exact tokens, in place of `sinks` and `recent`; the query is one.
-        memory: where all but the output lies; new tensors if None.
+        memory: where all but what is returned lies; new tensors if None.
         out: where the output goes, if not to a new tensor.
 
     Returns:
@@ -70,7 +70,7 @@ def decode_attention(
     kv_heads = key.planes[0].shape[1]
     own: Tensor | Scratch = query if memory is None else memory
     out = query.new_empty(batch, heads, queries, dim, dtype=torch.float32) if out is None else out
-    out_lse = own.new_empty(batch, heads, queries, dtype=torch.float32)
+    out_lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     if splits is None:
         splits = tuning.splits(query.device, batch * kv_heads, dim, tokens)
     rotated, bias = empty(query, kv_heads, own)

@@ -167,7 +167,7 @@ class Stepper:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`ring_step` after `length` tokens, None if only the device knows.
 
-        The log-sum-exp that it returns is overwritten by the next step.
+        The log-sum-exp that it returns is overwritten by its own next step, and by no other.
         """
         due = new is not None and (length is None or is_due(length, base, self.ring.sinks, self.ring.room))
         query, new = _readable(query), None if new is None else (_readable(new[0]), _readable(new[1]))
