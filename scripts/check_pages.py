@@ -5,7 +5,7 @@ step, end, are thrown out and computed again in other pages. Every output is com
 the codecs decode. Keys and values are random: they say nothing about quality. Runs without installing anything; where
 there is no CUDA device, kernels are interpreted: `--small` is for that, and leaves out trellis codes, which take long.
 
-    python scripts/check_pages.py [--small]
+    python scripts/check_pages.py [--small] [--only trellis]
 """
 
 import argparse
@@ -40,6 +40,10 @@ from tqcompress_kernels import plain
 
 BOUND = 2e-3  # of the norm of an output: the kernels' promise
 WORSE = 1.05  # than the codecs' own: how far a stored vector may be from the true one
+# Two searches for a trellis's closed path that round differently may begin it elsewhere: with vectors rounded to a
+# hundredth of a table step one of 15,000 came out up to 1.09 times as far, and as many nearer. A single wrong symbol
+# makes it 1.6 times at 2 bits, 2.4 at 3. So each vector may be somewhat farther, all together hardly.
+WORSE_PATH, WORSE_IN_ALL = 1.25, 1.001
 
 
 def side(bits: float, seed: int = 0, **options) -> dict:
@@ -100,6 +104,7 @@ class Engine:
         self.users = [0] * pages
         self.generator = torch.Generator().manual_seed(seed)
         self.worst, self.written, self.bad = 0.0, 0, 0
+        self.squares = torch.zeros(2, dtype=torch.float64, device=DEVICE)  # of all errors: the codecs' own, and these
 
     def states(self, tokens: int) -> torch.Tensor:
         """Random keys and values."""
@@ -176,7 +181,9 @@ class Engine:
                 held = codec.decode({name: rows[page, :, place].transpose(0, 1)[None] for name, rows in fields.items()})
                 true = states[which][:, list(group.heads)].transpose(0, 1)[None].float()
                 own, mine = ((x - true).norm(dim=-1) for x in (codec.decode(codec.encode(true)), held))
-                self.written, self.bad = self.written + own.numel(), self.bad + int((~(mine <= WORSE * own)).sum())
+                worse = WORSE_PATH if codec.name == "trellis" else WORSE
+                self.written, self.bad = self.written + own.numel(), self.bad + int((~(mine <= worse * own)).sum())
+                self.squares += torch.stack([own, mine]).double().square().flatten(1).sum(1)
                 found[which][:, list(group.heads)] = held[0].transpose(0, 1)
         return found
 
@@ -225,24 +232,26 @@ def _grows(engine: Engine, running: list[Sequence]) -> bool:
     return bool([one for one in running if not engine.room(one, one.done + 1)])
 
 
-def check(small: bool) -> bool:
-    """Every recipe and shape; prints the worst error of each."""
+def check(small: bool, only: str | None) -> bool:
+    """Every recipe, or only one, and every shape; prints the worst error of each."""
     shapes = [(4, 2, 32, 16)] if small else [(32, 8, 128, 64), (9, 3, 64, 32), (8, 8, 128, 128), (32, 8, 128, 16)]
     sizes = (3, 40, 6) if small else (24, 1500, 40)
     failed = False
     for name, recipe in RECIPES.items():
-        if small and name == "trellis":
+        if (small and name == "trellis") or only not in (None, name):
             continue
         for heads, kv_heads, dim, block in shapes:
             codecs = layer(recipe, heads, kv_heads, dim)
             form = pages_of(codecs, block)
             engine = play(form, heads // kv_heads, *sizes)
-            bad = engine.bad or not engine.worst <= BOUND
+            own, mine = engine.squares.tolist()
+            bad = engine.bad or not engine.worst <= BOUND or not mine <= WORSE_IN_ALL * own
             failed |= bool(bad)
             kernels = ", ".join(sorted({group.backend.name for group in codecs.groups}))
             print(
                 f"{name:28} {heads:3}/{kv_heads} heads of {codecs.head_dim:3}, pages of {block:3}: worst error "
-                f"{engine.worst:.1e}, {engine.bad} of {engine.written} vectors encoded worse; {kernels}"
+                f"{engine.worst:.1e}, {engine.bad} of {engine.written} vectors encoded worse, "
+                f"squared errors {mine / own:.6f} of the codecs'; {kernels}"
                 + ("  FAILED" if bad else ""),
                 flush=True,
             )
@@ -252,9 +261,10 @@ def check(small: bool) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="sizes for the interpreter")
+    parser.add_argument("--only", choices=list(RECIPES), help="one recipe instead of all")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    failed = check(options.small)
+    failed = check(options.small, options.only)
     print("FAILED" if failed else "all right")
     sys.exit(failed)
 
