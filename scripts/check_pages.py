@@ -251,8 +251,7 @@ def check(small: bool, only: str | None) -> bool:
             print(
                 f"{name:28} {heads:3}/{kv_heads} heads of {codecs.head_dim:3}, pages of {block:3}: worst error "
                 f"{engine.worst:.1e}, {engine.bad} of {engine.written} vectors encoded worse, "
-                f"squared errors {mine / own:.6f} of the codecs'; {kernels}"
-                + ("  FAILED" if bad else ""),
+                f"squared errors {mine / own:.6f} of the codecs'; {kernels}" + ("  FAILED" if bad else ""),
                 flush=True,
             )
     return failed
