@@ -43,11 +43,11 @@ def padded(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def generated(name: str, mode: str, device: str) -> tuple[float, float]:
+def generated(name: str, mode: str, device: str, **sizes: int) -> tuple[float, float]:
     """How far log-probabilities of new tokens are from those that the uncompressed model gives to the same tokens, on
     average; and the share of the tokens that it would have generated too. Beams add up what they were given when they
     were elsewhere in the batch; a near-tie changes all tokens behind it, but not the distance."""
-    model = tiny_model(name).to(device)
+    model = tiny_model(name, **sizes).to(device)
     if name in ("gemma2", "gpt_oss"):
         model.set_attn_implementation("eager")  # soft cap and sinks
     ids, mask = (states.to(device) for states in padded(3, 150))
@@ -177,15 +177,16 @@ def cost(watched: bool, tokens: int = 8192, steps: int = 512) -> tuple[float, fl
 def main() -> None:
     """Run everything and print one line each."""
     failed = 0
-    for name in ARCHITECTURES:
-        usual = max(generated(name, mode, "cpu")[0] for mode in ("growing", "beams"))
-        for mode in ("growing", "beams", "fixed", "compiled"):
+    shapes = [("llama", {"head_dim": dim}) for dim in (64, 80, 128, 256)] + [("gemma3", {"head_dim": 256})]
+    for name, sizes in [*((name, {}) for name in ARCHITECTURES), *shapes]:
+        usual = max(generated(name, mode, "cpu", **sizes)[0] for mode in ("growing", "beams"))
+        for mode in ("growing", "beams", "fixed", "compiled") if not sizes else ("growing", "fixed"):
             torch._dynamo.reset()
-            distance, share = generated(name, mode, DEVICE)
+            distance, share = generated(name, mode, DEVICE, **sizes)
             failed += not distance <= MUCH * usual
             print(
-                f"{name}, {mode}: log-probabilities {distance:.4f} from the uncompressed model's, {usual:.4f} by torch "
-                f"on the CPU; {share:.3f} of the tokens are its own",
+                f"{name}, {mode}{sizes or ''}: log-probabilities {distance:.4f} from the uncompressed model's, "
+                f"{usual:.4f} by torch on the CPU; {share:.3f} of the tokens are its own",
                 flush=True,
             )
     for kind in ("growing", "fixed") if DEVICE == "cuda" else ():  # a CPU refuses it when it comes

@@ -19,7 +19,7 @@ from .prepare import load_columns, precision
 from .ring import Ring, ring_tokens
 
 CHUNK = tl.constexpr(64)  # recent tokens a program attends to
-BLOCK = tl.constexpr(64)  # tokens at once
+BLOCK = 64  # tokens at once, and fewer of long vectors in float32, which would not fit shared memory
 LOG2E = tl.constexpr(1.4426950408889634)
 START = tl.constexpr(-1e20)  # below every score, above a masked one
 
@@ -51,7 +51,8 @@ def exact_kernel(
     sink_strides, recent_strides, query_b, query_h, query_q, new_k_b, new_k_h, new_v_b, new_v_h,
     mask_b, recent_mask, kv_heads, columns, queries, sinks, recent, limit, scaling, softcap,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
-    SINKS: tl.constexpr, ROOM: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, OVERLAP: tl.constexpr,
+    SINKS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Chunk `program_id(2)` of the exact tokens, all sinks being the first one, for columns of a KV head.
 
@@ -283,6 +284,7 @@ def _exact(
         interpreted = not isinstance(exact_kernel, triton.JITFunction)  # which cannot multiply bfloat16
         widen = len(dtypes) > 1 or query.dtype == torch.float32 or interpreted
         tile = max(16, min(32, triton.next_power_of_2(columns)))
+        block = max(16, min(BLOCK, 4096 // pad)) if widen else BLOCK  # 16 KiB of keys
         new_strides = (0,) * 4 if new[0] is None else (*new[0].stride()[:2], *new[1].stride()[:2])
         launch(
             exact_kernel, (batch * kv_heads, triton.cdiv(columns, tile), parts),
@@ -291,7 +293,8 @@ def _exact(
             0 if mask is None else mask.stride(0), n_sinks + tokens, kv_heads, columns, query.shape[2],
             n_sinks, n_recent, 0 if step is None else step.limit, scaling, softcap or 0.0,
             DIM=dim, DIM_PAD=pad, COLUMNS=tile, SOFTCAP=bool(softcap), WIDEN=widen, SINKS=int(n_sinks > 0), ROOM=room,
-            PRECISION=precision(), FIRST=shape[2] == 0, num_warps=4, num_stages=2, **launch_options(query.device),
+            BLOCK=block, PRECISION=precision(), FIRST=shape[2] == 0, num_warps=4, num_stages=1 if widen else 2,
+            **launch_options(query.device),
         )  # fmt: skip
     return out, lse
 
