@@ -37,15 +37,15 @@ def tqcompress_backend(group: Group, codecs: Mapping[str, Codec], device: torch.
     if device.type != "cuda":
         return None
     found = FusedGroup(codecs["key"], codecs["value"], device)
-    reason = _obstacle(found.key, found.value)
+    reason = obstacle_of(found)
     return found.backend() if reason is None else Backend("torch", blockwise.attend, reason)
 
 
-def _obstacle(*sides: "Side") -> str | None:
-    """Why there is no kernel for these codecs, or None."""
+def obstacle_of(group: "FusedGroup") -> str | None:
+    """Why there is no kernel for the codecs of a group, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which fused kernels need"
-    for side in sides:
+    for side in (group.key, group.value):
         form, codec = side.form, side.codec
         if form is None:
             return f"{codec.name} {codec.shape.side}s have no levels for fused kernels to read"
@@ -66,7 +66,7 @@ class Side:
 
     def __init__(self, codec: Codec, device: torch.device):
         self.codec, self.device = codec, device
-        self.form: ScalarLevels | TrellisLevels = codec.levels()  # type: ignore[assignment]  # `_obstacle` refuses None
+        self.form: ScalarLevels | TrellisLevels = codec.levels()  # type: ignore[assignment]  # `obstacle_of` refuses None
 
     @cached_property
     def planes(self) -> tuple[str, ...]:

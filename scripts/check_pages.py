@@ -12,6 +12,7 @@ import argparse
 import random
 import sys
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ import tqcompress
 tqcompress.__path__.append(str(ROOT))  # plugins and recipes, if nothing is installed
 from tqcompress.plugins.fused import FEW_QUERIES
 from tqcompress.plugins.vllm.fused_pages import FusedPages
+from tqcompress.plugins.vllm.schedule import Step
 
 from tqcompress.blockwise import attend_exact
 from tqcompress.compression import Compression
@@ -138,37 +140,51 @@ class Engine:
         for page in one.table:
             self.users[page] += 1
 
-    def step(self, batch: list[Sequence], new: int) -> None:
-        """Compute `new` tokens of every sequence, whose lengths are equal if there is more than one; compare."""
-        form = self.form
-        slots, tables = [], torch.full((len(batch), max(len(one.table) for one in batch) + 1), 0, dtype=torch.int32)
-        for i, one in enumerate(batch):
+    def step(self, batch: list[tuple[Sequence, int]]) -> None:
+        """Compute so many new tokens of every sequence; compare."""
+        form, size = self.form, self.form.block_size
+        counts, lengths = [new for _, new in batch], [one.done + new for one, new in batch]
+        starts = [0, *accumulate(counts)]
+        tables = torch.zeros(len(batch), max(len(one.table) for one, _ in batch) + 1, dtype=torch.int32)
+        slots = []
+        for i, (one, new) in enumerate(batch):
             tables[i, : len(one.table)] = torch.tensor(one.table)
-            slots += [one.table[t // form.block_size] * form.block_size + t % form.block_size
-                      for t in range(one.done, one.done + new)]  # fmt: skip
-        fresh = torch.stack([one.states[:, one.done : one.done + new] for one in batch])  # [batch, 2, new, heads, dim]
+            slots += [one.table[t // size] * size + t % size for t in range(one.done, one.done + new)]
         slots = torch.tensor([*slots, -1, -1], device=DEVICE)  # padded, as engines do
-        flat = torch.cat([fresh.transpose(0, 1).flatten(1, 2), self.states(2)], dim=1)
-        form.write(self.pages, slots, *flat)
-        stored = self.stored(slots[:-2], flat[:, :-2]).unflatten(1, (len(batch), new))
-        past = torch.tensor([one.done for one in batch], device=DEVICE, dtype=torch.int32)
-        query = torch.randn(len(batch), self.share * form.exact_shape[2], new, form.exact_shape[3],
-                            generator=self.generator).to(DEVICE, torch.bfloat16)  # fmt: skip
-        key, value = (states.transpose(1, 2) for states in fresh.unbind(1))
-        scaling = form.exact_shape[3] ** -0.5
-        got = form.attend(self.pages, tables.to(DEVICE), past, query, key, value, scaling)
-        few = new * self.share <= FEW_QUERIES
-        for i, one in enumerate(batch):
-            seen = one.stored[:, : one.done + new].clone()
-            for part in (slice(None, form.sinks), slice(one.done, None)):
-                seen[:, part] = one.states[:, : one.done + new][:, part].float()
-            want = attend_exact(query[i : i + 1].float(), *seen.transpose(1, 2)[:, None], None, scaling)[0]
-            error, size = (got[i : i + 1] - want).norm(dim=-1), want.norm(dim=-1)
-            # Chunks are computed in bfloat16: queries, keys, values and weights, each rounded once.
-            found = (error / size).max() if few else error.norm() / size.norm() * BOUND / (4 * 2**-7)
-            self.worst = max(self.worst, float(found.nan_to_num(torch.inf)))
-            one.stored[:, one.done : one.done + new] = stored[:, i]
+        known = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
+        # Of single tokens an engine may know no more than a bound.
+        longest = [length + (new == 1) * self.random.randint(0, 9) for length, new in zip(lengths, counts, strict=True)]
+        step = Step(starts, known, longest, tables.to(DEVICE), slots)
+        fresh = torch.cat([one.states[:, one.done : one.done + new] for one, new in batch], dim=1)
+        flat = torch.cat([fresh, self.states(2)], dim=1)
+        form.write(self.pages, slots, *flat, step.exact(size, form.sinks))
+        stored = self.stored(slots[:-2], fresh)
+        heads, dim = form.exact_shape[2:]
+        query = torch.randn(starts[-1], self.share * heads, dim, generator=self.generator).to(DEVICE, torch.bfloat16)
+        output = query.new_zeros(query.shape, dtype=torch.float32)
+        for tokens, rows, past, most in step.batches:
+            parts = (x[tokens].unflatten(0, (len(past), -1)).transpose(1, 2) for x in (query, *fresh))
+            output[tokens] = (
+                form.attend(self.pages, rows, past, *parts, dim**-0.5, None, most).transpose(1, 2).flatten(0, 1)
+            )
+        for i, (one, new) in enumerate(batch):
+            mine = slice(starts[i], starts[i + 1])
+            self.compare(one, query[mine].transpose(0, 1)[None].float(), output[mine].transpose(0, 1)[None])
+            one.stored[:, one.done : one.done + new] = stored[:, mine]
             one.done += new
+
+    def compare(self, one: Sequence, query: torch.Tensor, got: torch.Tensor) -> None:
+        """The output `[1, heads, new, head_dim]` of one sequence beside attention to what was stored for it."""
+        new = query.shape[2]
+        seen = one.stored[:, : one.done + new].clone()
+        for part in (slice(None, self.form.sinks), slice(one.done, None)):
+            seen[:, part] = one.states[:, : one.done + new][:, part].float()
+        want = attend_exact(query, *seen.transpose(1, 2)[:, None], None, self.form.exact_shape[3] ** -0.5)[0]
+        error, size = (got - want).norm(dim=-1), want.norm(dim=-1)
+        # Chunks are computed in bfloat16: queries, keys, values and weights, each rounded once.
+        few = new * self.share <= FEW_QUERIES
+        found = (error / size).max() if few else error.norm() / size.norm() * BOUND / (4 * 2**-7)
+        self.worst = max(self.worst, float(found.nan_to_num(torch.inf)))
 
     def stored(self, slots: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """What pages hold of tokens `[2, tokens, kv_heads, head_dim]` just written; counts vectors that are farther
@@ -211,8 +227,15 @@ def play(form: FusedPages, share: int, sequences: int, longest: int, steps: int,
                 engine.give_back(one)
                 break
             running.append(waiting.pop(0))
-            while one.done < prompt:  # in chunks, of any size
-                engine.step([one], min(prompt - one.done, engine.random.choice([1, 3, longest // 3, longest])))
+            while one.done < prompt:  # in chunks, of any size, amid single tokens of others
+                chunk = one, min(prompt - one.done, engine.random.choice([1, 3, longest // 3, longest]))
+                others = [other for other in running[:-1] if other.done < other.states.shape[1] - 1]
+                others = [
+                    (other, 1) for other in others[: engine.random.randint(0, 3)] if engine.room(other, other.done + 1)
+                ]
+                batch = [chunk, *others]
+                engine.random.shuffle(batch)
+                engine.step(batch)
         for one in list(running):
             if one.done == one.states.shape[1]:
                 engine.give_back(one)
@@ -223,7 +246,7 @@ def play(form: FusedPages, share: int, sequences: int, longest: int, steps: int,
             waiting.insert(0, running.pop())
             full, step = _grows(engine, running), 0
         if running:
-            engine.step(running, 1)
+            engine.step([(one, 1) for one in running])
     return engine
 
 

@@ -11,6 +11,7 @@ from tiny import tiny_model
 from tqcompress.plugins.vllm.fused_pages import FusedPages
 from tqcompress.plugins.vllm.pages import PageFormat
 
+from tqcompress import ModelError
 from tqcompress.api import plan_compression
 from tqcompress_kernels import plain
 
@@ -44,6 +45,25 @@ def filled(form: PageFormat, table: list[int], kept: torch.Tensor, pages: torch.
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert ((got - want).norm(dim=-1) <= BOUND * want.norm(dim=-1)).all()
+
+
+def test_kernels_tell_what_they_could_not_store(forms):
+    """A key that is not a number: the next write, once the host has heard of it. Places of no token say nothing."""
+    codecs, kept = forms[0].codecs, states(forms[0], 4, 0)
+    fused = FusedPages(codecs, BLOCK, torch.float32, HERE)
+    pages, where = empty_pages(fused, 3).to(HERE), torch.tensor([5, 6, 7, -1], device=HERE)
+    bad = kept.clone()
+    bad[0, 3] = torch.nan
+    fused.write(pages, where, *bad.to(HERE))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    fused.write(pages, where, *kept.to(HERE))
+    bad[0, 1, 1, 2] = torch.nan
+    fused.write(pages, where, *bad.to(HERE))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ModelError, match="layer 0: keys or values written before cannot be stored"):
+        fused.write(pages, where, *kept.to(HERE))
 
 
 def test_kernels_write_what_torch_writes(forms):

@@ -9,6 +9,8 @@ import logging
 
 log = logging.getLogger("vllm.tqcompress")
 
+OF_CPU, OF_CUDA = ("CPU_ATTN",), ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+
 
 def register() -> None:
     """Offer vLLM the backend and the quantization method of saved directories; may be called again."""
@@ -18,8 +20,9 @@ def register() -> None:
     from .quantization import register_method
 
     register_method()
-    if current_platform.is_cpu():
-        # The CPU platform knows one backend by name; ours is that one for every layer without packed pages.
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.backend.PackedAttention")
-    else:
-        log.warning("tqcompress packs vLLM's cache on CPUs only so far; on %s it stays as it is", current_platform)
+    # Each is vLLM's own backend of that name for every layer without packed pages.
+    names = OF_CPU if current_platform.is_cpu() else OF_CUDA if current_platform.is_cuda() else ()
+    for name in names:
+        register_backend(AttentionBackendEnum[name], f"{__name__}.backend.Packed{name}")
+    if not names:
+        log.warning("tqcompress packs vLLM's cache on CPUs and CUDA; on %s it stays as it is", current_platform)

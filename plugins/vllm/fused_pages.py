@@ -1,38 +1,56 @@
-"""Pages that kernels write and read: the format of `pages`, on devices that Triton has.
-
-No engine uses it yet: `scripts/check_pages.py` compares and times it, without vLLM.
-"""
+"""Pages that kernels write and read: the format of `pages`, on devices that Triton has."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from tqcompress import ModelError
 from tqcompress.view import LayerCodecs, each
+from tqcompress.watch import Watch
 
-from ..fused import FEW_QUERIES, FusedGroup
+from ..fused import FEW_QUERIES, FusedGroup, obstacle_of
 from .pages import PageFormat
 
 
-class FusedPages(PageFormat):
-    """The pages of one layer, all of whose codecs tell their levels.
+def obstacle(codecs: LayerCodecs, device: torch.device) -> str | None:
+    """Why no kernels read and write the pages of a layer, or None."""
+    found = (obstacle_of(FusedGroup(group.key, group.value, device)) for group in codecs.groups)
+    return next((reason for reason in found if reason), None)
 
-    Values that no scale can hold are not found here: nothing waits for the device to find them.
-    """
+
+class FusedPages(PageFormat):
+    """The pages of one layer, all of whose codecs have kernels (see `obstacle`)."""
 
     def __init__(self, codecs: LayerCodecs, block_size: int, dtype: torch.dtype, device: torch.device):
         super().__init__(codecs, block_size, dtype)
         self.groups = [(group, FusedGroup(group.key, group.value, device)) for group in codecs.groups]
+        self.watch = Watch(device)
 
-    def write(self, pages: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Encode tokens `[tokens, kv_heads, head_dim]` into their slots, int64; below 0: none."""
+    def write(self, pages: Tensor, slots: Tensor, key: Tensor, value: Tensor, exact: Tensor | None = None) -> None:
+        """As `PageFormat.write`, for int64 slots.
+
+        What cannot be stored is told by a later call, when the host has heard of it: nothing waits for that, nor for
+        anything else if `exact` is given.
+        """
         from tqcompress_kernels.encode import encode
 
+        if bool(self.watch.arrived):
+            raise ModelError(
+                f"layer {self.codecs.layer}: keys or values written before cannot be stored, they are infinite, not a "
+                "number, or too large for the scale's format; skip the layer in the recipe, or check the model's dtype"
+            )
+        page, place, kept = slots // self.block_size, slots % self.block_size, slots >= 0
         sides = [side for _, fused in self.groups for side in (fused.key, fused.value)]
         for (_, codec, vectors), side in zip(self._sides(key, value), sides, strict=True):
-            packed = side.packed(self.fields(pages, codec))
+            fields = self.fields(pages, codec)
+            packed = side.packed(fields)
             encode(vectors, packed.planes, packed.scale, 0, side.encoder, slots[None])
-        self._write_exact(pages, slots // self.block_size, slots % self.block_size, key, value)
+            written = fields["scale"][page, :, place].masked_fill(~kept[:, None, None], 0)
+            self.watch.note(codec.fits({"scale": written}))
+        if exact is None:
+            exact = (kept & (place < self.sinks)).nonzero().flatten()
+        self._write_exact(pages, exact, page, place, key, value)
 
     def attend(
         self, pages: Tensor, tables: Tensor, past: Tensor, query: Tensor, key: Tensor, value: Tensor,

@@ -35,10 +35,21 @@ class PageFormat:
                 for name, field in codec.layout().fields.items():
                     self.places[codec][name] = start, len(group.heads), field
                     start += len(group.heads) * block_size * field.nbytes
-        self.packed_bytes = start // block_size  # of a token
+        self.packed_bytes, _, exact_bytes = self.sizes(codecs, dtype)
         self.exact_shape = (self.sinks, 2, codecs.num_kv_heads, codecs.head_dim)
-        exact_bytes = prod(self.exact_shape) * dtype.itemsize
-        self.content_bytes = self.packed_bytes + -(-exact_bytes // block_size)  # of a token, as vLLM counts
+        self.content_bytes = self.content(self.packed_bytes, codecs.sinks, exact_bytes, block_size)
+
+    @staticmethod
+    def sizes(codecs: LayerCodecs, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Bytes of a packed token, how many tokens of a page are there exactly too, and the bytes of such a one."""
+        layouts = ((len(group.heads), codec.layout()) for group in codecs.groups for codec in (group.key, group.value))
+        packed = sum(heads * field.nbytes for heads, layout in layouts for field in layout.fields.values())
+        return packed, codecs.sinks, 2 * codecs.num_kv_heads * codecs.head_dim * dtype.itemsize
+
+    @staticmethod
+    def content(packed_bytes: int, sinks: int, exact_bytes: int, block_size: int) -> int:
+        """Bytes of a token, the exact ones spread over the page, as vLLM counts."""
+        return packed_bytes + -(-min(sinks, block_size) * exact_bytes // block_size)
 
     def fields(self, pages: Tensor, codec: Codec) -> dict[str, Tensor]:
         """The fields of one side of a group, views `[pages, heads, block_size, size]`."""
@@ -54,10 +65,11 @@ class PageFormat:
         held: Tensor = pages.flatten(1)[:, start : start + size].unflatten(1, (self.sinks, -1))
         return held
 
-    def write(self, pages: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(self, pages: Tensor, slots: Tensor, key: Tensor, value: Tensor, exact: Tensor | None = None) -> None:
         """Encode tokens `[tokens, kv_heads, head_dim]` into their slots, page * block_size + place; below 0: none.
 
-        Raises `ModelError` if a codec cannot store them.
+        `exact` are the indices of those that pages keep exact, which kernels need not wait for then. Raises
+        `ModelError` if a codec cannot store them.
         """
         kept = slots >= 0
         if not kept.all():
@@ -67,7 +79,7 @@ class PageFormat:
         for codec, packed in rows:  # all of them could be encoded
             for name, field in self.fields(pages, codec).items():
                 field[page, :, place] = packed[name][0].transpose(0, 1)
-        self._write_exact(pages, page, place, key, value)
+        self._write_exact(pages, (place < self.sinks).nonzero().flatten(), page, place, key, value)
 
     def _sides(self, key: Tensor, value: Tensor) -> "list[tuple[GroupCodecs, Codec, Tensor]]":
         """Every group and side, with its vectors `[1, heads, tokens, head_dim]` of `[tokens, kv_heads, head_dim]`."""
@@ -87,16 +99,16 @@ class PageFormat:
             )
         return packed
 
-    def _write_exact(self, pages: Tensor, page: Tensor, place: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store what is to stay exact of tokens that go to these places of these pages."""
-        first = (place < self.sinks) & (page >= 0)
-        if first.any():
-            exact = torch.stack([key[first], value[first]], dim=1).to(self.dtype)
-            self.exact(pages)[page[first], place[first]] = exact.flatten(1).view(torch.uint8)
+    def _write_exact(
+        self, pages: Tensor, which: Tensor, page: Tensor, place: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Store those tokens of these places of these pages as they are."""
+        exact = torch.stack([key[which], value[which]], dim=1).to(self.dtype)
+        self.exact(pages)[page[which], place[which]] = exact.flatten(1).view(torch.uint8)
 
     def attend(
         self, pages: Tensor, tables: Tensor, past: Tensor, query: Tensor, key: Tensor, value: Tensor,
-        scaling: float, softcap: float | None = None,
+        scaling: float, softcap: float | None = None, longest: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of a batch of sequences to what their pages hold and to their new tokens.
 
@@ -105,11 +117,12 @@ class PageFormat:
             past: `[batch]`, tokens that were there before this step.
             query, key, value: `[batch, heads, new, head_dim]`; the new tokens are seen as they are, causally. Past
                 lengths must be equal if there is more than one.
+            longest: the largest of `past`, or more for one new token each; found by waiting if it is not given.
 
         Returns:
             `[batch, heads, new, head_dim]`, float32.
         """
-        longest = int(past.max())
+        longest = int(past.max()) if longest is None else longest
         sinks, mask = min(self.sinks, longest), None
         if int(past.min()) < longest:
             mask = torch.arange(longest + 1, device=past.device) < past[:, None]
