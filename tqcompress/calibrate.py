@@ -108,6 +108,10 @@ def _checked(moments: Moments, side: str) -> Moments:
     return moments
 
 
+# Rotary embeddings whose angles are proportional to the position, whatever the length of the text.
+SHIFTABLE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
 class Calibrator:
     """Takes the statistics that recipes ask for, each once for a model."""
 
@@ -127,7 +131,9 @@ class Calibrator:
         if (settings, skip) not in self._taken:
             show = partial(self.progress, "calibrating")
             ids = self._ids(settings)
-            taken = calibrate(self.model, ids, settings.tokens, settings.length, settings.seed, skip, show)
+            taken = calibrate(
+                self.model, ids, settings.tokens, settings.length, settings.seed, skip, show, settings.context
+            )
             name = Path(settings.text).name  # a machine's paths mean nothing elsewhere
             self._taken[settings, skip] = replace(taken, source={"text": name, **taken.source})
         return self._taken[settings, skip]
@@ -227,14 +233,21 @@ def calibrate(
     seed: int = 0,
     skip: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    context: int | None = None,
 ) -> Statistics:
     """Run `model` over windows of the token ids `[n]` of a text, and add up what its attention sees.
+
+    Rotary embedding turns a key by its position, so keys of a long text are not distributed as those of a short one.
+    But what a model computes of a window does not depend on where the window begins: windows are read as if they lay
+    all over the context.
 
     Args:
         tokens: how many to use at most; windows are drawn without replacement by `seed` if the text has more.
         length: of a window; each is read on its own.
         skip: tokens at the start of each window that are left out: sinks, which stay exact and are unlike the rest.
         progress: called with the windows done and their number.
+        context: positions that windows are spread over, the model's context if None. Models whose embedding is not
+            rotary, or changes with the length of the text, read every window at its beginning.
 
     Raises `TQCompressError` if the text is shorter than two tokens beyond `skip`, or numbers are not finite.
     """
@@ -242,15 +255,29 @@ def calibrate(
     used, length = torch.cat(windows), min(length, len(windows[0]))
     if len(windows[0]) < skip + 2:
         raise TQCompressError(f"calibration: the text has {len(ids)} tokens; at least {skip + 2} are needed")
+    context = _context(model, context, length)
+    starts = [round(i * (context - length) / max(1, len(windows) - 1)) for i in range(len(windows))]
     watcher = _Watcher(skip)
     with watched(model, watcher):
-        for done, window in enumerate(windows):
+        for done, (window, start) in enumerate(zip(windows, starts, strict=True)):
             progress(done, len(windows))
-            model.get_decoder()(input_ids=window.to(model.device)[None], use_cache=False)
+            places = torch.arange(start, start + len(window), device=model.device)[None]
+            model.get_decoder()(input_ids=window.to(model.device)[None], position_ids=places, use_cache=False)
         progress(len(windows), len(windows))
     digest = hashlib.sha256(used.to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
     source: dict[str, str | int] = {"tokens": len(used), "length": length, "seed": seed, "skip": skip, "sha256": digest}
-    return watcher.statistics(source, HeadShard.of(model))
+    return watcher.statistics(source | {"context": context}, HeadShard.of(model))
+
+
+def _context(model: "PreTrainedModel", wanted: int | None, length: int) -> int:
+    """The positions that windows of `length` tokens are spread over; `length` if they must begin at 0."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or length
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = rope.values() if rope and all(isinstance(one, dict) for one in rope.values()) else [rope]
+    if not all(one.get("rope_type") in SHIFTABLE for one in each):
+        return length
+    return max(length, min(wanted or limit, limit))
 
 
 def choose_windows(

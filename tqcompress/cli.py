@@ -267,12 +267,15 @@ def calibrate_command(
     tokens: TokensOpt = 65536,
     length: Annotated[int, typer.Option(min=2, help="tokens of a window; each is read on its own")] = 2048,
     seed: Annotated[int, typer.Option(help="of the choice of windows")] = 0,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="positions that windows are spread over; default: the model's context")
+    ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="tokens at the start of each window to leave out")] = 4,
     device: DeviceOpt = None,
     dtype: DtypeOpt = None,
 ) -> None:
     """Take the statistics of a model's queries, keys and values that centring and balancing need."""
-    settings = {"text": text, "tokens": tokens, "length": length, "seed": seed}
+    settings = {"text": text, "tokens": tokens, "length": length, "seed": seed, "context": context}
     recipe = Recipe.parse({"version": 1, "key": {}, "value": {}, "keep": {"sinks": sinks}, "calibration": settings})
     load_text(text)  # a missing text must not wait for the model
     with session.progress() as bar:

@@ -181,6 +181,7 @@ class Calibration(_Model):
     tokens: PositiveInt = 65536
     length: PositiveInt = 2048
     seed: Seed = 0
+    context: PositiveInt | None = None  # positions that windows are spread over; the model's context if not given
 
 
 class Guard(_Model):

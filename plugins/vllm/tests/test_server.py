@@ -97,7 +97,7 @@ def counters(address: str) -> dict[str, float]:
 def test_lossless_server(model_path, artifacts, prompts, own_tokens, tmp_path):
     """Answers are vLLM's own, with pages that are shared and too few of them."""
     page = 32 * (2 * 3 * 64 * 4) * 30 * 9 // 8  # of 32 tokens: 4 of them twice
-    options = ["--block-size", "32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(40 * page)]
+    options = ["--block-size", "32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(24 * page)]
     extra = ["--additional-config", f'{{"tqcompress": "{artifacts["lossless"]}"}}']
     with served(model_path, tmp_path / "log", *options, *extra) as address:
         choices = complete(address, prompts)
