@@ -33,15 +33,25 @@ def letters(text, **_):
     return SimpleNamespace(input_ids=[ord(letter) % 200 for letter in text[:2000]])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2"])
-def test_moments_are_those_of_the_cache(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "context", "starts"),
+    [
+        ("llama", None, (0, 236, 472)),  # over all 512 positions
+        ("llama", 100, (0, 30, 60)),
+        ("llama", 40, (0, 0, 0)),
+        ("qwen3", None, (0, 236, 472)),
+        ("gemma3", None, (0, 236, 472)),
+        ("gpt2", None, (0, 0, 0)),  # its positions are learned: elsewhere it computes something else
+    ],
+)
+def test_moments_are_those_of_the_cache(architecture, context, starts):
     """Keys and values are compared with what an ordinary cache holds, window by window, without the first tokens."""
     model, ids, skip = tiny_model(architecture).double(), prompt(120)[0], 3
-    found = calibrate(model, ids, length=40, skip=skip)
+    found = calibrate(model, ids, length=40, skip=skip, context=context)
     caches = []
-    for window in ids.split(40):
+    for window, start in zip(ids.split(40), starts, strict=True):
         caches.append(DynamicCache(config=model.config))
-        model(window[None], past_key_values=caches[-1])
+        model(window[None], past_key_values=caches[-1], position_ids=torch.arange(start, start + 40)[None])
     for index, sides in found.layers.items():
         for side in ("keys", "values"):
             layers = [cache.layers[index] for cache in caches]
