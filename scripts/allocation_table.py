@@ -45,7 +45,7 @@ OVER = (["layers", "sides"], ["layers", "heads", "sides"])
 def recipe(options: argparse.Namespace, bits: float, over: list[str]) -> Recipe:
     """The shipped pipeline with a budget."""
     sides = {side: {"seed": seed, "scale": options.scale} for seed, side in enumerate(("key", "value"))}
-    calibration = {"text": "wikitext-validation", "tokens": options.calibration_tokens}
+    calibration = {"text": "wikitext-validation", "tokens": options.calibration_tokens, "length": 2048, "context": 2048}
     budget = {"bits": bits, "over": over, "choices": options.choices, "tokens": options.tokens}
     return Recipe.parse(
         {"version": 1, "quantizer": options.quantizer, **sides, "keep": {"sinks": 4, "window": options.window}}

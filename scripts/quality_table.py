@@ -2,7 +2,8 @@
 
     python scripts/quality_table.py --model llama --text wikitext2-test.txt [--max-tokens 16384] [--json FILE]
 
-Statistics of 65,536 tokens of `wikitext-validation` are taken first and serve all rows. Every other argument is one of
+Statistics of 65,536 tokens of `wikitext-validation` are taken first, at the positions that the windows measured have,
+and serve all rows. Every other argument is one of
 `tqcompress eval`.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import yaml
 
 PIPELINE = {"center": {"key": True}, "balance": "key", "calibration": {"text": "wikitext-validation", "tokens": 65536}}
+SHORT = ["--length", "2048", "--context", "2048"]
 PLAIN = {"rotation": "dense", "levels": "lloyd-max", "norm_correction": False}
 
 
@@ -59,7 +61,7 @@ def main() -> None:
             files[-1].write_text(yaml.safe_dump({"version": 1, "name": name} | recipe))
         statistics = Path(folder) / "statistics.safetensors"
         command, model = [sys.executable, "-m", "tqcompress.cli"], ["--model", options.model]
-        subprocess.run([*command, "calibrate", *model, "--out", statistics], check=True)
+        subprocess.run([*command, "calibrate", *model, *SHORT, "--out", statistics], check=True)
         subprocess.run([*command, "eval", *files, *model, "--statistics", statistics, *others], check=True)
 
 

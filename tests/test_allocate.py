@@ -76,12 +76,16 @@ def test_the_integer_program_is_as_good_as_brute_force(count, choices, seed, sha
     def total(table, chosen):
         return table[rows, list(chosen)].sum()
 
-    best = min(total(losses, c) for c in product(range(choices), repeat=count) if total(sizes, c) <= room)
+    def best(within):
+        return min(total(losses, c) for c in product(range(choices), repeat=count) if total(sizes, c) <= within)
+
     found = solve(losses, sizes, room)
-    # HiGHS calls a constraint met within 1e-6; the sums of sizes here differ by more, unless they are equal.
-    assert total(sizes, found) <= room * (1 + 2e-6)
+    # HiGHS calls a constraint met within 1e-6, so it may take what exceeds the room by rounding alone.
+    loose = room * (1 + 2e-6)
+    assert total(sizes, found) <= loose
     # Its gap of 1e-6 is taken of losses scaled to 1e4.
-    assert total(losses, found) == pytest.approx(best, abs=1e-9 * np.abs(losses).max())
+    gap = 1e-9 * np.abs(losses).max()
+    assert best(loose) - gap <= total(losses, found) <= best(room) + gap
 
 
 def test_what_cannot_fit_is_refused():

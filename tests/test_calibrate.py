@@ -36,11 +36,11 @@ def letters(text, **_):
 @pytest.mark.parametrize(
     ("architecture", "context", "starts"),
     [
-        ("llama", None, (0, 236, 472)),  # over all 512 positions
-        ("llama", 100, (0, 30, 60)),
+        ("llama", None, (0, 118, 472)),  # over all 512 positions
+        ("llama", 100, (0, 15, 60)),
         ("llama", 40, (0, 0, 0)),
-        ("qwen3", None, (0, 236, 472)),
-        ("gemma3", None, (0, 236, 472)),
+        ("qwen3", None, (0, 118, 472)),
+        ("gemma3", None, (0, 118, 472)),
         ("gpt2", None, (0, 0, 0)),  # its positions are learned: elsewhere it computes something else
     ],
 )

@@ -34,7 +34,7 @@ def llama(tmp_path):
     [
         (["apply"], "recipe"),
         (["apply", "balanced"], "--model"),
-        (["apply", "nope", "--model", "x"], "nope: no such file; shipped recipes: balanced, compact-3bit"),
+        (["apply", "nope", "--model", "x"], "nope: no such file; shipped recipes: allocated-2bit, balanced"),
         (["apply", "balanced", "--model", "./nope"], "./nope: no such directory"),
         (["apply", "balanced", "--model", "nope.gguf"], "nope.gguf: no such file"),
         (["apply", "balanced", "--model", "llama", "--max-tokens", "many"], "--max-tokens"),

@@ -229,7 +229,7 @@ def calibrate(
     model: "PreTrainedModel",
     ids: Tensor,
     tokens: int = 65536,
-    length: int = 2048,
+    length: int = 512,
     seed: int = 0,
     skip: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -256,7 +256,8 @@ def calibrate(
     if len(windows[0]) < skip + 2:
         raise TQCompressError(f"calibration: the text has {len(ids)} tokens; at least {skip + 2} are needed")
     context = _context(model, context, length)
-    starts = [round(i * (context - length) / max(1, len(windows) - 1)) for i in range(len(windows))]
+    # Denser at the beginning, where every text is.
+    starts = [round((i / max(1, len(windows) - 1)) ** 2 * (context - length)) for i in range(len(windows))]
     watcher = _Watcher(skip)
     with watched(model, watcher):
         for done, (window, start) in enumerate(zip(windows, starts, strict=True)):

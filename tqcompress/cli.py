@@ -265,7 +265,7 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="write the statistics here, for `apply --statistics`")],
     text: TextOpt = "wikitext-validation",
     tokens: TokensOpt = 65536,
-    length: Annotated[int, typer.Option(min=2, help="tokens of a window; each is read on its own")] = 2048,
+    length: Annotated[int, typer.Option(min=2, help="tokens of a window; each is read on its own")] = 512,
     seed: Annotated[int, typer.Option(help="of the choice of windows")] = 0,
     context: Annotated[
         int | None, typer.Option(min=2, help="positions that windows are spread over; default: the model's context")

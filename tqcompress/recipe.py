@@ -179,7 +179,7 @@ class Calibration(_Model):
 
     text: Name
     tokens: PositiveInt = 65536
-    length: PositiveInt = 2048
+    length: PositiveInt = 512
     seed: Seed = 0
     context: PositiveInt | None = None  # positions that windows are spread over; the model's context if not given
 
