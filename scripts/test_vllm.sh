@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the vLLM plugin on the real engine, on a CPU, in an environment of its own, .venv-vllm, which it makes.
-# Options for pytest may follow. Takes ten to fifteen minutes; the first time some more, to install.
+# Options for pytest may follow. Takes about five minutes; the first time some more, to install.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 TQCOMPRESS_TEST_MODEL=$(python -c 'from tqcompress.models import find_model; print(find_model("llama").path)')
 export TQCOMPRESS_TEST_MODEL
