@@ -20,7 +20,7 @@ times one step, and none is zero, so that no decoded vector has the norm 0.
 
 from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load
@@ -31,6 +31,8 @@ from tqcompress.constants import cached_constant
 from tqcompress.registry import Registry
 from tqcompress.transform import TransformedCodec, TransformedOptions
 
+# Values that attention decodes a second, by states, with up to 2 bits and with more.
+RATES = {16: (7.0e12, 5.4e12), 64: (5.4e12, 3.8e12), 256: (4.2e12, 3.2e12), 1024: (3.3e12, 3.0e12)}
 CHUNK_BYTES = 64 * 2**20  # of path costs, which bounds the memory that encoding takes
 
 
@@ -60,6 +62,11 @@ class Trellis(TransformedCodec):
                 f"states: found {states}; head_dim {shape.head_dim} has {total} bits, enough for {2**total}"
             )
         self.register_state("codebook", shipped_table(states, self.bits))
+
+    @classmethod
+    def values_a_second(cls, bits: float, options: dict[str, Any]) -> float | None:
+        """Lookups in shared memory bound it: as `scripts/bench_trellis.py` measured on an H200, at 2 and 3 bits."""
+        return RATES[options.get("states", TrellisOptions().states)][bits > 2]
 
     def layout(self) -> Layout:
         """The bit string and one scale for each token."""

@@ -7,7 +7,7 @@ Centring and balancing (`tqcompress.transform`) are not the paper's; outliers an
 are, but for their one scale.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class TurboQuant(TransformedCodec):
         self.register_state("codebook", self._codebook(self.bits))
         if self.wide:
             self.register_state("wide_codebook", self._codebook(self.wide_bits))
+
+    @classmethod
+    def values_a_second(cls, bits: float, options: dict[str, Any]) -> float | None:
+        """Integer instructions bound it where memory is as fast as an H200's, on which these were measured."""
+        return 1.1e13 if bits <= 2 else 8.1e12 if bits <= 3 else 7.5e12
 
     def layout(self) -> Layout:
         """Packed codes and one scale for each token."""

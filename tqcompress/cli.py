@@ -24,9 +24,10 @@ from .artifacts import FILE_NAME, read
 from .calibrate import Statistics
 from .compression import Compression
 from .errors import TQCompressError
+from .estimate import GPUS, estimate, gpu, uncompressed, weights_of
 from .evaluate import evaluate, passes
 from .export.commands import app as export_app
-from .models import ALIASES, default_device, load_model, load_shape
+from .models import ALIASES, default_device, load_config, load_model, load_shape
 from .needle import retrieve
 from .output import replace_file
 from .recipe import Recipe, shipped_recipes
@@ -45,6 +46,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 app.add_typer(export_app, name="export")
 console = Console()
 
+ESTIMATED = ("lossless-4bit", "balanced", "compact-3bit", "extreme-2bit", "trellis-3bit", "trellis-2bit")
 RecipeArg = Annotated[str, typer.Argument(help=f"YAML file, or a shipped recipe: {', '.join(shipped_recipes())}")]
 ModelOpt = Annotated[str, typer.Option(help=f"hub id, directory, .gguf file, or alias: {', '.join(ALIASES)}")]
 TextOpt = Annotated[str, typer.Option(help=f"UTF-8 file to measure on, or a shipped text: {', '.join(SHIPPED)}")]
@@ -284,6 +286,29 @@ def calibrate_command(
         taken = session.calibrator(loaded, tokenizer, bar, step).statistics(recipe)
     taken.save(out)
     console.print(f"{out}: {len(taken.layers)} layers, {taken.source['tokens']} tokens of {text}")
+
+
+@app.command(name="estimate")
+def estimate_command(
+    model: ModelOpt,
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="recipes, as for apply; default: some shipped ones")
+    ] = None,
+    device: Annotated[str, typer.Option("--gpu", help=f"one of {', '.join(GPUS)}")] = "H200",
+    context: Annotated[str, typer.Option(help="tokens of each sequence")] = "128K",
+    batch: Annotated[int, typer.Option(min=1, help="sequences")] = 1,
+    json_file: JsonOpt = None,
+) -> None:
+    """Say what fits on a GPU and how fast it decodes, in bf16, from the model's config alone."""
+    tokens, card, config = session.count(context, "context"), gpu(device), load_config(model)
+    shape = replace(ModelShape.of(config), dtype=torch.bfloat16)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or tokens
+    plans = {name: resolve(Recipe.load(name), shape, name) for name in recipes or ESTIMATED}
+    size = (weights_of(config, torch.bfloat16), card, tokens, batch)
+    found = [uncompressed(next(iter(plans.values())), *size, limit=limit)]
+    found += [estimate(plan, *size, name=name, limit=limit) for name, plan in plans.items()]
+    console.print(report.estimate_table(found, shape.name, device, tokens, batch))
+    session.write_json(json_file, [asdict(one) for one in found])
 
 
 @app.command()

@@ -220,6 +220,11 @@ class Codec(nn.Module):
         floating = [rows.isfinite().all() for rows in packed.values() if rows.is_floating_point()]
         return reduce(torch.logical_and, floating) if floating else torch.tensor(True)
 
+    @classmethod
+    def values_a_second(cls, bits: float, options: dict[str, Any]) -> float | None:
+        """How many a GPU's attention decodes if memory were no bound, None if they are always; for `estimate` only."""
+        return None
+
     @property
     def needs_statistics(self) -> bool:
         """Whether `fit` must be called before the codec is used."""

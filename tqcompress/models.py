@@ -15,7 +15,7 @@ from .errors import ModelError, TQCompressError
 from .shape import ModelShape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,18 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def load_shape(name: str) -> ModelShape:
-    """The cache-relevant shape of the model `name`, from its config alone."""
+def load_config(name: str) -> "PreTrainedConfig":
+    """The config of the model `name`."""
     from transformers import AutoConfig
 
     source = find_model(name)
     with loading(name):
-        config = AutoConfig.from_pretrained(source.path, **source.kwargs)
-    return ModelShape.of(config)
+        return AutoConfig.from_pretrained(source.path, **source.kwargs)
+
+
+def load_shape(name: str) -> ModelShape:
+    """The cache-relevant shape of the model `name`, from its config alone."""
+    return ModelShape.of(load_config(name))
 
 
 @contextmanager

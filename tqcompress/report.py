@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .codec import TensorSpec
 from .compression import Compression
+from .estimate import Estimate
 from .evaluate import Quality
 from .needle import Retrieval
 from .plan import SIDES, Plan
@@ -125,6 +126,22 @@ def needle_table(results: list[Retrieval], text: str) -> Table:
         table.add_row(name, *(f"{r.found} of {r.uncompressed}" for r in rows), share)
     tried = sum(r.tried for r in results if r.recipe == results[0].recipe)
     table.caption = f"{tried} prompts"
+    return table
+
+
+def estimate_table(found: list[Estimate], model: str, device: str, tokens: int, batch: int) -> Table:
+    """What fits, and how fast it decodes; "bf16" is the least time that any engine can take with that cache."""
+    title = f"{model} on one {device}, {batch} x {tokens:,} tokens: estimated"
+    table = Table(title=title, title_justify="left")
+    table.caption = "context, batch: the most that fits beside the weights, the other being as given"
+    for name in ("recipe", "cache", "fits", "context", "batch", "step", "tokens/s"):
+        table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
+    for one in found:
+        name = "bf16, at best" if one.recipe == "bf16" else one.recipe
+        longest, largest = (f"{number:,}" if number else "-" for number in (one.longest, one.largest))
+        speed = f"{1e3 * one.seconds:.1f} ms", f"{one.tokens_per_second(batch):,.0f}"
+        fits = ("yes", *speed) if one.fits else ("no", "-", "-")
+        table.add_row(name, readable_size(one.cache), fits[0], longest, largest, *fits[1:])
     return table
 
 
