@@ -1,10 +1,10 @@
 """What fits on a GPU and how fast it decodes, from a model's config alone.
 
 A decoding step reads the weights and the cache once. Its time is taken as what that takes at the bandwidth that a plain
-read reaches, and figures fitted to `scripts/bench_generate.py` on an H100 and an H200 (docs/performance.md): weights are
-read at `OF_BANDWIDTH` of it, layers and sequences take time of their own, and codes no less than decoding them does
-(`Codec.values_a_second`). They hold for compiled steps in a cache of fixed size with `run_ahead`. Of the figures
-measured none is farther than 15 % from its estimate (a test compares them).
+read reaches, and figures fitted to `scripts/bench_generate.py` on an H100 and an H200 (docs/performance.md): weights
+are read at `OF_BANDWIDTH` of it, layers and sequences take time of their own, and codes no less than decoding them does
+(`Codec.values_a_second`). They hold for compiled steps in a cache of fixed size with `run_ahead`. Of the steps measured
+none is farther than 15 % from its estimate (a test compares them).
 """
 
 from collections.abc import Callable
