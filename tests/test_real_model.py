@@ -42,7 +42,7 @@ def run(*words):
 def statistics(tmp_path_factory):
     """Statistics of few tokens, made by the command line."""
     file = tmp_path_factory.mktemp("calibrated") / "statistics.safetensors"
-    words = ["--tokens", 1024, "--length", 512, "--device", "cpu", "--out", file]
+    words = ["--tokens", 1024, "--length", 512, "--context", 512, "--device", "cpu", "--out", file]
     assert run("calibrate", "--model", "llama", *words) == 0
     return file
 

@@ -9,6 +9,7 @@ from scenario import feed, padded_batch
 from setups import KINDS, Pair, growing, setups
 from tiny import prompt
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 
 def both(pair: Pair, ids: torch.Tensor, pieces: list[int], mask: torch.Tensor | None = None):
@@ -135,12 +136,20 @@ def test_a_prefix_is_copied_and_continued_twice(setup, architecture):
     assert_goes_on(pair, prefix, prompt(3, seed=3), [2])
 
 
+def _empties(plain) -> bool:
+    """Whether an uncompressed cache is empty after a reset."""
+    plain.reset()
+    return int(plain.get_seq_length()) == 0
+
+
 @setups(architectures=["llama"])
 def test_a_cache_is_emptied_and_used_again(setup, architecture):
     """Of a padded batch; what comes then is not padded, and is as many rows."""
     pair = setup.pair(architecture)
     ids, mask = padded_batch()
-    _, used = both(pair, ids, [20], mask)
+    plain, used = both(pair, ids, [20], mask)
+    if any(type(layer) is DynamicLayer for layer in used.layers) and not _empties(plain):
+        pytest.skip("this transformers fills its own growing layers with zeros and keeps their length (5.17)")
     used.reset()
     assert int(used.get_seq_length()) == 0
     ids = prompt(30, batch=3, seed=1)
