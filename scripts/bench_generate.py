@@ -28,14 +28,12 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import torch
 from bench_decode import read_bandwidth
+from model_shapes import MODELS
 from transformers import (
     AutoModelForCausalLM,
     CompileConfig,
     DynamicCache,
-    LlamaConfig,
     QuantizedCache,
-    Qwen2Config,
-    Qwen3Config,
     StaticCache,
 )
 from transformers.generation.logits_process import LogitsProcessor
@@ -44,20 +42,6 @@ import tqcompress
 from tqcompress.session import count
 from tqcompress.shape import ModelShape
 
-MODELS = {
-    "llama-3.1-8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 21, tie_word_embeddings=False,
-    ),
-    "qwen3-8b": Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 21, tie_word_embeddings=False,
-    ),
-    "qwen2.5-0.5b": Qwen2Config(
-        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=1 << 21, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 CASES = "1x8K,1x32K,1x128K,8x32K,32x8K"
 SETUPS = "bf16,bf16f,bf16c,bf16m,hqq4,4,3,2,4c,3c,2c,4a,4m,3m,2m"
 _compiled: dict[str, tuple] = {}  # what the compiled model was compiled for: `c` and `a` are the same

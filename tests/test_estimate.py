@@ -1,10 +1,11 @@
 """Estimates: what fits is what is counted, and times are those that were measured on GPUs."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from typer.testing import CliRunner
 
 from tqcompress import TQCompressError
@@ -14,21 +15,10 @@ from tqcompress.recipe import Recipe
 from tqcompress.resolve import resolve
 from tqcompress.shape import ModelShape
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from model_shapes import MODELS
+
 K = 1024
-MODELS = {  # the shapes of scripts/bench_generate.py
-    "llama-3.1-8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 21, tie_word_embeddings=False,
-    ),
-    "qwen3-8b": Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 21, tie_word_embeddings=False,
-    ),
-    "qwen2.5-0.5b": Qwen2Config(
-        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=1 << 21, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 # Milliseconds of a step, compiled and running ahead: docs/performance.md, "Generation".
 MEASURED = [
     ("H100", "llama-3.1-8b", 4, 1, 8 * K, 7.2),

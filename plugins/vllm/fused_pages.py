@@ -10,7 +10,7 @@ from tqcompress.view import LayerCodecs, each
 from tqcompress.watch import Watch
 
 from ..fused import FEW_QUERIES, FusedGroup, obstacle_of
-from .pages import PageFormat
+from .pages import PageFormat, exact_tokens
 
 
 def obstacle(codecs: LayerCodecs, device: torch.device) -> str | None:
@@ -49,7 +49,7 @@ class FusedPages(PageFormat):
             written = fields["scale"][page, :, place].masked_fill(~kept[:, None, None], 0)
             self.watch.note(codec.fits({"scale": written}))
         if exact is None:
-            exact = (kept & (place < self.sinks)).nonzero().flatten()
+            exact = exact_tokens(slots, self.block_size, self.sinks)
         self._write_exact(pages, exact, page, place, key, value)
 
     def attend(

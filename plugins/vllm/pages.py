@@ -21,6 +21,11 @@ from tqcompress.store import TokenStore
 from tqcompress.view import GroupCodecs, GroupView, KVView, LayerCodecs, take_heads
 
 
+def exact_tokens(slots: Tensor, block_size: int, sinks: int) -> Tensor:
+    """Indices of the slots that are among the first `sinks` of a page; those below 0 are none."""
+    return ((slots >= 0) & (slots % block_size < sinks)).nonzero().flatten()
+
+
 class PageFormat:
     """Where everything is in the pages of one layer, `[pages, 1, block_size, content_bytes]`, uint8."""
 
@@ -79,7 +84,7 @@ class PageFormat:
         for codec, packed in rows:  # all of them could be encoded
             for name, field in self.fields(pages, codec).items():
                 field[page, :, place] = packed[name][0].transpose(0, 1)
-        self._write_exact(pages, (place < self.sinks).nonzero().flatten(), page, place, key, value)
+        self._write_exact(pages, exact_tokens(slots, self.block_size, self.sinks), page, place, key, value)
 
     def _sides(self, key: Tensor, value: Tensor) -> "list[tuple[GroupCodecs, Codec, Tensor]]":
         """Every group and side, with its vectors `[1, heads, tokens, head_dim]` of `[tokens, kv_heads, head_dim]`."""

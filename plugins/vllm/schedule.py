@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pages import exact_tokens
+
 
 class Batch(NamedTuple):
     """Sequences with equally many new tokens.
@@ -55,8 +57,7 @@ class Step:
     def exact(self, block_size: int, sinks: int) -> Tensor:
         """Which of `slots` are among the first `sinks` of a page, which are kept exact. Waits once for all layers."""
         if (block_size, sinks) not in self._exact:
-            found = (self.slots >= 0) & (self.slots % block_size < sinks)
-            self._exact[block_size, sinks] = found.nonzero().flatten()
+            self._exact[block_size, sinks] = exact_tokens(self.slots, block_size, sinks)
         return self._exact[block_size, sinks]
 
 
